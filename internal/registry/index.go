@@ -1,0 +1,215 @@
+package registry
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+	"sync"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Index holds all entries in memory and answers which of them a node is
+// entitled to. It is fed with changes and safe for concurrent use.
+type Index struct {
+	mu       sync.RWMutex // guards the maps; the entries in them are never changed
+	byID     map[string]*Entry
+	byParent map[spiffeid.ID]map[string]*Entry
+	bySPIFFE map[spiffeid.ID]map[string]*Entry
+	aliases  map[Selector]map[string]*Entry // entries below ServerPath, by their first selector
+}
+
+// NewIndex returns an empty index.
+func NewIndex() *Index {
+	x := &Index{}
+	x.reset()
+	return x
+}
+
+func (x *Index) reset() {
+	x.byID = map[string]*Entry{}
+	x.byParent = map[spiffeid.ID]map[string]*Entry{}
+	x.bySPIFFE = map[spiffeid.ID]map[string]*Entry{}
+	x.aliases = map[Selector]map[string]*Entry{}
+}
+
+// Apply takes over a change of the registry. Entries must be valid and
+// normalized, and are the index's from now on.
+func (x *Index) Apply(reset bool, put []*Entry, deleted []string) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if reset {
+		x.reset()
+	}
+	for _, id := range deleted {
+		x.remove(id)
+	}
+	for _, e := range put {
+		x.remove(e.ID)
+		x.byID[e.ID] = e
+		add(x.byParent, e.ParentID, e)
+		add(x.bySPIFFE, e.SPIFFEID, e)
+		if e.IsAlias() {
+			add(x.aliases, e.Selectors[0], e)
+		}
+	}
+}
+
+func (x *Index) remove(id string) {
+	e, ok := x.byID[id]
+	if !ok {
+		return
+	}
+	delete(x.byID, id)
+	drop(x.byParent, e.ParentID, e)
+	drop(x.bySPIFFE, e.SPIFFEID, e)
+	if e.IsAlias() {
+		drop(x.aliases, e.Selectors[0], e)
+	}
+}
+
+func add[K comparable](m map[K]map[string]*Entry, key K, e *Entry) {
+	if m[key] == nil {
+		m[key] = map[string]*Entry{}
+	}
+	m[key][e.ID] = e
+}
+
+func drop[K comparable](m map[K]map[string]*Entry, key K, e *Entry) {
+	delete(m[key], e.ID)
+	if len(m[key]) == 0 {
+		delete(m, key)
+	}
+}
+
+// Len is the number of entries.
+func (x *Index) Len() int {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return len(x.byID)
+}
+
+// Get returns the entry with that ID.
+func (x *Index) Get(id string) (*Entry, bool) {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	e, ok := x.byID[id]
+	return e, ok
+}
+
+// WithSPIFFEID returns the entries for that SPIFFE ID, in no order.
+func (x *Index) WithSPIFFEID(id spiffeid.ID) []*Entry {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return slices.Collect(maps.Values(x.bySPIFFE[id]))
+}
+
+// Authorized returns the entries that the node agentID may hand to its
+// workloads, ordered by ID. selectors are the node's, sorted (Node.AllSelectors).
+// Those are the entries below the agent and below the aliases it belongs to,
+// and in turn those below the SPIFFE IDs of such entries.
+func (x *Index) Authorized(agentID spiffeid.ID, selectors []Selector) []*Entry {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	seen := map[spiffeid.ID]bool{}
+	var out []*Entry
+	var below func(spiffeid.ID)
+	below = func(parent spiffeid.ID) {
+		if seen[parent] || parent.Path() == ServerPath {
+			return
+		}
+		seen[parent] = true
+		for _, e := range x.byParent[parent] {
+			out = append(out, e)
+			below(e.SPIFFEID)
+		}
+	}
+	below(agentID)
+	for _, s := range selectors {
+		for _, alias := range x.aliases[s] {
+			if Subset(alias.Selectors, selectors) {
+				below(alias.SPIFFEID)
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b *Entry) int { return cmp.Compare(a.ID, b.ID) })
+	return out
+}
+
+// Entitled returns the entry with that ID if the node may have it. It agrees
+// with Authorized, but climbs from the entry instead of listing all.
+func (x *Index) Entitled(agentID spiffeid.ID, selectors []Selector, entryID string) (*Entry, bool) {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	e, ok := x.byID[entryID]
+	if !ok || e.IsAlias() {
+		return nil, false
+	}
+	seen := map[spiffeid.ID]bool{}
+	var above func(spiffeid.ID) bool
+	above = func(parent spiffeid.ID) bool {
+		if parent == agentID {
+			return true
+		}
+		if seen[parent] {
+			return false
+		}
+		seen[parent] = true
+		for _, p := range x.bySPIFFE[parent] {
+			if p.IsAlias() {
+				if Subset(p.Selectors, selectors) {
+					return true
+				}
+			} else if above(p.ParentID) {
+				return true
+			}
+		}
+		return false
+	}
+	if above(e.ParentID) {
+		return e, true
+	}
+	return nil, false
+}
+
+// Matcher finds the entries that a process is entitled to by its selectors. It
+// is built once for a set of entries and then only read.
+type Matcher struct {
+	byFirst map[Selector][]*Entry
+	kinds   map[string]bool
+}
+
+// NewMatcher indexes entries, which must be normalized.
+func NewMatcher(entries []*Entry) *Matcher {
+	m := &Matcher{byFirst: map[Selector][]*Entry{}, kinds: map[string]bool{}}
+	for _, e := range entries {
+		m.byFirst[e.Selectors[0]] = append(m.byFirst[e.Selectors[0]], e)
+		for _, s := range e.Selectors {
+			m.kinds[s.Kind()] = true
+		}
+	}
+	return m
+}
+
+// Wants says whether some entry asks for selectors of that kind ("unix:sha256"),
+// so that costly ones need not be computed in vain.
+func (m *Matcher) Wants(kind string) bool { return m.kinds[kind] }
+
+// Match returns the entries whose selectors are a subset of the given ones,
+// oldest first: the first is the default identity, and that must not change
+// with a rotation or a restart (Workload API §8).
+func (m *Matcher) Match(selectors []Selector) []*Entry {
+	selectors = SortSelectors(selectors)
+	var out []*Entry
+	for _, s := range selectors {
+		for _, e := range m.byFirst[s] {
+			if Subset(e.Selectors, selectors) {
+				out = append(out, e)
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b *Entry) int {
+		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), cmp.Compare(a.ID, b.ID))
+	})
+	return out
+}

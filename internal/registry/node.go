@@ -1,0 +1,73 @@
+package registry
+
+import (
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Node is an attested agent as the server knows it.
+type Node struct {
+	ID              spiffeid.ID `json:"id"`
+	AttestationType string      `json:"attestation_type"` // "join_token", "tpm"
+	Selectors       []Selector  `json:"selectors,omitempty"`
+	Banned          bool        `json:"banned,omitempty"`
+	CanReattest     bool        `json:"can_reattest,omitempty"`
+
+	// The SVID in use, and after a renewal the next one: both are good until
+	// the next one is used, which promotes it and ends the other. So a reply
+	// lost on the way to the agent locks nobody out.
+	Serial        string    `json:"serial,omitempty"` // decimal
+	ExpiresAt     time.Time `json:"expires_at,omitzero"`
+	NextSerial    string    `json:"next_serial,omitempty"`
+	NextExpiresAt time.Time `json:"next_expires_at,omitzero"`
+
+	// SHA-256 of the SubjectPublicKeyInfo of those two SVIDs.
+	KeyHash     []byte `json:"key_hash,omitempty"`
+	NextKeyHash []byte `json:"next_key_hash,omitempty"`
+
+	AgentVersion string    `json:"agent_version,omitempty"`
+	AttestedAt   time.Time `json:"attested_at,omitzero"`
+	Address      string    `json:"address,omitempty"` // where it last attested or renewed from
+
+	Version int64 `json:"-"` // set by the store when read; guards the next write
+}
+
+// Clone returns a deep copy.
+func (n *Node) Clone() *Node {
+	c := *n
+	c.Selectors = slices.Clone(n.Selectors)
+	c.KeyHash = slices.Clone(n.KeyHash)
+	c.NextKeyHash = slices.Clone(n.NextKeyHash)
+	return &c
+}
+
+// AllSelectors returns the attested selectors and those every node has, sorted.
+func (n *Node) AllSelectors() []Selector {
+	return SortSelectors(append(slices.Clone(n.Selectors), AllNodes, Selector{Type: "spiffe_id", Value: n.ID.String()}))
+}
+
+// JoinToken lets one node in. Only a hash of its secret is kept.
+type JoinToken struct {
+	ID         string      `json:"id"` // public; names the agent: AgentPathPrefix + "join_token/" + ID
+	SecretHash []byte      `json:"secret_hash"`
+	Name       string      `json:"name,omitempty"`       // what the operator called it
+	Alias      spiffeid.ID `json:"alias,omitzero"`       // the node alias made with it, if any
+	AliasEntry string      `json:"alias_entry,omitzero"` // its entry ID
+	CreatedAt  time.Time   `json:"created_at"`
+	ExpiresAt  time.Time   `json:"expires_at"`
+
+	// The first redemption binds the token to a key: SHA-256 of the CSR's
+	// SubjectPublicKeyInfo.
+	KeyHash    []byte    `json:"key_hash,omitempty"`
+	RedeemedAt time.Time `json:"redeemed_at,omitzero"`
+	Address    string    `json:"address,omitempty"` // where it was redeemed from
+
+	Version int64 `json:"-"` // set by the store when read; guards the next write
+}
+
+// AgentID is the ID of the node that this token lets in.
+func (t *JoinToken) AgentID(td spiffeid.TrustDomain) (spiffeid.ID, error) {
+	return MakeID(td, AgentPathPrefix+"join_token/"+t.ID)
+}
