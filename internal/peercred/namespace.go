@@ -1,0 +1,83 @@
+package peercred
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+)
+
+// checkProc finds out once whether /proc speaks of the pids that the kernel
+// tells us: it does not if it was mounted for another pid namespace.
+var checkProc = sync.OnceValue(func() error {
+	self, err := os.Readlink("/proc/self")
+	if err != nil {
+		return fmt.Errorf("reading /proc/self (is /proc mounted?): %w", err)
+	}
+	if self != strconv.Itoa(os.Getpid()) {
+		return fmt.Errorf("/proc belongs to another pid namespace: it calls this process %s, and not %d", self, os.Getpid())
+	}
+	return nil
+})
+
+// overflow holds the ids that stand for users and groups without a mapping in
+// this user namespace, as far as there can be such.
+var overflow = sync.OnceValue(func() (o struct{ uid, gid int64 }) {
+	o.uid, o.gid = -1, -1
+	if !mapsEverything("/proc/self/uid_map") {
+		o.uid = readID("/proc/sys/kernel/overflowuid")
+	}
+	if !mapsEverything("/proc/self/gid_map") {
+		o.gid = readID("/proc/sys/kernel/overflowgid")
+	}
+	return o
+})
+
+// mapsEverything says whether every id of the initial user namespace exists
+// here, so that the overflow id is an ordinary one.
+func mapsEverything(path string) bool {
+	data, err := os.ReadFile(path)
+	return err == nil && strings.Join(strings.Fields(string(data)), " ") == "0 0 4294967295"
+}
+
+func readID(path string) int64 {
+	data, err := os.ReadFile(path)
+	if err == nil {
+		if id, err := strconv.ParseInt(string(bytes.TrimSpace(data)), 10, 64); err == nil {
+			return id
+		}
+	}
+	return 65534 // the kernel's default
+}
+
+// checkUserNamespace refuses the overflow ids unless the process shares our
+// user namespace and so really has them.
+func (p *Peer) checkUserNamespace() error {
+	o := overflow()
+	if int64(p.UID) != o.uid && int64(p.GID) != o.gid {
+		return nil
+	}
+	ours, err := os.Readlink("/proc/self/ns/user")
+	if err != nil {
+		return fmt.Errorf("reading the own user namespace: %w", err)
+	}
+	if theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/user", p.PID)); err != nil || theirs != ours {
+		return fmt.Errorf("process %d (uid %d, gid %d) has a user or group that does not exist in this user namespace", p.PID, p.UID, p.GID)
+	}
+	return nil
+}
+
+// checkOwner confirms that the process with this pid has the credentials of the
+// one that connected.
+func (p *Peer) checkOwner() error {
+	s, err := p.Status()
+	if err != nil {
+		return fmt.Errorf("confirming process %d: %w", p.PID, err)
+	}
+	if s.UID != p.UID || s.GID != p.GID {
+		return fmt.Errorf("process %d runs as uid %d, gid %d and is not the one that connected as uid %d, gid %d", p.PID, s.UID, s.GID, p.UID, p.GID)
+	}
+	return nil
+}
