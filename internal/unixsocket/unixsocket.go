@@ -188,11 +188,15 @@ func kind(mode fs.FileMode) string {
 }
 
 func bindError(err error, path string) error {
-	switch {
-	case errors.Is(err, unix.EADDRINUSE):
+	var errno syscall.Errno
+	if !errors.As(err, &errno) {
+		return err
+	}
+	switch errno {
+	case unix.EADDRINUSE:
 		return errors.New("something was put at that path just now")
-	case errors.Is(err, fs.ErrPermission), errors.Is(err, unix.EROFS):
-		return fmt.Errorf("folder %q is not writable for uid %d: %w", filepath.Dir(path), os.Geteuid(), errors.Unwrap(err))
+	case unix.EACCES, unix.EPERM, unix.EROFS:
+		return fmt.Errorf("folder %q is not writable for uid %d: %w", filepath.Dir(path), os.Geteuid(), errno)
 	}
 	return err
 }
