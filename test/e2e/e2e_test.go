@@ -1,0 +1,341 @@
+// Package e2e runs the built binary as its users would: server and agent as two
+// processes from config files, workloads as processes of other users, openssl as
+// the judge. It needs root.
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// spiffed is the binary under test, built by TestMain.
+var spiffed string
+
+func TestMain(m *testing.M) {
+	if role := os.Getenv("SPIFFED_E2E_ROLE"); role != "" {
+		if err := workload(role); err != nil {
+			fmt.Fprintln(os.Stderr, "workload:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", "spiffed-e2e-")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		if err := os.Chmod(dir, 0o755); err != nil { // other users run what is in it
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		spiffed = filepath.Join(dir, "spiffed")
+		build := exec.Command("go", "build", "-trimpath", "-o", spiffed, "github.com/spiffed/spiffed/cmd/spiffed")
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "building spiffed: %v\n%s", err, out)
+			return 1
+		}
+		return m.Run()
+	}())
+}
+
+// output collects what a process says.
+type output struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.String()
+}
+
+// process is a running spiffed.
+type process struct {
+	cmd    *exec.Cmd
+	out    output
+	exited chan struct{}
+	err    error // good after exited
+}
+
+func start(t *testing.T, name string, args ...string) *process {
+	t.Helper()
+	p := &process{cmd: exec.Command(spiffed, args...), exited: make(chan struct{})}
+	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.out
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { p.err = p.cmd.Wait(); close(p.exited) }()
+	t.Cleanup(func() {
+		p.stop(t)
+		if t.Failed() {
+			t.Logf("%s said:\n%s", name, p.out.String())
+		}
+	})
+	return p
+}
+
+// stop asks the process to end and waits; a process that does not end is a failure.
+func (p *process) stop(t *testing.T) {
+	t.Helper()
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.exited:
+	case <-time.After(15 * time.Second):
+		t.Error("the process did not end within 15 s of SIGTERM")
+		p.cmd.Process.Kill()
+		<-p.exited
+	}
+}
+
+func (p *process) kill() {
+	p.cmd.Process.Kill()
+	<-p.exited
+}
+
+// run runs a command of the CLI to its end.
+func run(t *testing.T, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, spiffed, args...)
+	var o, e bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &o, &e
+	err = cmd.Run()
+	return o.String(), e.String(), err
+}
+
+func mustRun(t *testing.T, args ...string) string {
+	t.Helper()
+	stdout, stderr, err := run(t, args...)
+	if err != nil {
+		t.Fatalf("spiffed %s: %v\n%s%s", strings.Join(args, " "), err, stdout, stderr)
+	}
+	return stdout
+}
+
+// eventually tries again until it works.
+func eventually(t *testing.T, what string, try func() error) {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := try()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: %v", what, err)
+		}
+		<-tick.C
+	}
+}
+
+// fleet is one server and one agent on this host.
+type fleet struct {
+	dir, admin, workload, agentAdmin string
+	addr                             string
+	serverConfig, agentConfig        string
+	server, agent                    *process
+	join                             joinToken
+}
+
+type joinToken struct {
+	Join    string `json:"join"`
+	Token   string `json:"token"`
+	AgentID string `json:"agent_id"`
+}
+
+func freePort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// newFleet starts a server and an agent that joins it by a join string. The
+// node's alias is /node/host-1.
+func newFleet(t *testing.T, extra string) *fleet {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Fatal("these tests need root: they start processes of other users")
+	}
+	dir, err := os.MkdirTemp("", "fleet-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	f := &fleet{
+		dir: dir, addr: freePort(t),
+		admin:      filepath.Join(dir, "admin.sock"),
+		workload:   filepath.Join(dir, "workload.sock"),
+		agentAdmin: filepath.Join(dir, "agent-admin.sock"),
+	}
+	f.serverConfig = f.write(t, "server.toml", fmt.Sprintf(`
+[server]
+trust_domain = "example.org"
+listen = %q
+advertise = [%q]
+data_dir = %q
+admin_socket = %q
+%s
+`, f.addr, f.addr, filepath.Join(dir, "server"), f.admin, extra))
+	f.startServer(t)
+	if err := json.Unmarshal([]byte(mustRun(t, "token", "create", "--name", "host-1", "--output", "json", "--admin-socket", f.admin)), &f.join); err != nil {
+		t.Fatal(err)
+	}
+	f.agentConfig = f.write(t, "agent.toml", fmt.Sprintf(`
+[agent]
+join = %q
+data_dir = %q
+workload_socket = %q
+admin_socket = %q
+sync_interval = "100ms"
+`, f.join.Join, filepath.Join(dir, "agent"), f.workload, f.agentAdmin))
+	f.startAgent(t)
+	return f
+}
+
+func (f *fleet) write(t *testing.T, name, text string) string {
+	t.Helper()
+	path := filepath.Join(f.dir, name)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func (f *fleet) startServer(t *testing.T) {
+	t.Helper()
+	f.server = start(t, "server", "run", "--config", f.serverConfig)
+	eventually(t, "the server answers", func() error {
+		select {
+		case <-f.server.exited:
+			t.Fatalf("the server ended: %v\n%s", f.server.err, f.server.out.String())
+		default:
+		}
+		_, stderr, err := run(t, "bundle", "show", "--admin-socket", f.admin)
+		if err != nil {
+			return errors.New(stderr)
+		}
+		return nil
+	})
+}
+
+func (f *fleet) startAgent(t *testing.T) {
+	t.Helper()
+	f.agent = start(t, "agent", "run", "--config", f.agentConfig)
+	eventually(t, "the agent is ready", func() error {
+		select {
+		case <-f.agent.exited:
+			t.Fatalf("the agent ended: %v\n%s", f.agent.err, f.agent.out.String())
+		default:
+		}
+		stdout, stderr, err := run(t, "status", "--output", "json", "--admin-socket", f.admin, "--agent-admin-socket", f.agentAdmin)
+		if err != nil {
+			return errors.New(stderr)
+		}
+		if !strings.Contains(stdout, `"ready"`) {
+			return fmt.Errorf("status: %s", stdout)
+		}
+		return nil
+	})
+}
+
+func (f *fleet) entry(t *testing.T, args ...string) {
+	t.Helper()
+	mustRun(t, append([]string{"entry", "create", "--admin-socket", f.admin, "--parent", "/node/host-1"}, args...)...)
+}
+
+// as starts this test binary as a workload of another user.
+func (f *fleet) as(t *testing.T, uid uint32, role string, env ...string) (*exec.Cmd, *output) {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The test binary lies in a folder that only root may enter.
+	exe := filepath.Join(f.dir, "workload")
+	if _, err := os.Stat(exe); err != nil {
+		data, err := os.ReadFile(self)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(exe, data, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.CommandContext(t.Context(), exe)
+	cmd.Env = append([]string{"SPIFFED_E2E_ROLE=" + role, "SPIFFE_ENDPOINT_SOCKET=unix://" + f.workload}, env...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	cmd.Dir = "/"
+	out := &output{}
+	cmd.Stderr = out
+	return cmd, out
+}
+
+// ask runs a workload to its end and returns what it printed.
+func (f *fleet) ask(t *testing.T, uid uint32, role string, env ...string) (string, error) {
+	t.Helper()
+	cmd, stderr := f.as(t, uid, role, env...)
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("%w: %s", err, stderr)
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+// serve starts a workload that listens, and returns its address.
+func (f *fleet) serve(t *testing.T, uid uint32, role string, env ...string) string {
+	t.Helper()
+	cmd, stderr := f.as(t, uid, role, env...)
+	pipe, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("%s said: %s", role, stderr)
+		}
+	})
+	line := make([]byte, 128)
+	n, err := io.ReadAtLeast(pipe, line, len("x:0\n"))
+	if err != nil {
+		t.Fatalf("%s: no address: %v %s", role, err, stderr)
+	}
+	return strings.TrimSpace(string(line[:n]))
+}
