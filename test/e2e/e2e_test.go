@@ -80,7 +80,7 @@ type process struct {
 	err    error // good after exited
 }
 
-func start(t *testing.T, name string, args ...string) *process {
+func start(t testing.TB, name string, args ...string) *process {
 	t.Helper()
 	p := &process{cmd: exec.Command(spiffed, args...), exited: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.out
@@ -98,7 +98,7 @@ func start(t *testing.T, name string, args ...string) *process {
 }
 
 // stop asks the process to end and waits; a process that does not end is a failure.
-func (p *process) stop(t *testing.T) {
+func (p *process) stop(t testing.TB) {
 	t.Helper()
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
@@ -116,7 +116,7 @@ func (p *process) kill() {
 }
 
 // run runs a command of the CLI to its end.
-func run(t *testing.T, args ...string) (stdout, stderr string, err error) {
+func run(t testing.TB, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
@@ -127,7 +127,7 @@ func run(t *testing.T, args ...string) (stdout, stderr string, err error) {
 	return o.String(), e.String(), err
 }
 
-func mustRun(t *testing.T, args ...string) string {
+func mustRun(t testing.TB, args ...string) string {
 	t.Helper()
 	stdout, stderr, err := run(t, args...)
 	if err != nil {
@@ -137,7 +137,7 @@ func mustRun(t *testing.T, args ...string) string {
 }
 
 // eventually tries again until it works.
-func eventually(t *testing.T, what string, try func() error) {
+func eventually(t testing.TB, what string, try func() error) {
 	t.Helper()
 	deadline := time.Now().Add(20 * time.Second)
 	tick := time.NewTicker(20 * time.Millisecond)
@@ -169,7 +169,7 @@ type joinToken struct {
 	AgentID string `json:"agent_id"`
 }
 
-func freePort(t *testing.T) string {
+func freePort(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -181,7 +181,7 @@ func freePort(t *testing.T) string {
 
 // newFleet starts a server and an agent that joins it by a join string. The
 // node's alias is /node/host-1.
-func newFleet(t *testing.T, extra string) *fleet {
+func newFleet(t testing.TB, extra string) *fleet {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("these tests need root: they start processes of other users")
@@ -225,7 +225,7 @@ sync_interval = "100ms"
 	return f
 }
 
-func (f *fleet) write(t *testing.T, name, text string) string {
+func (f *fleet) write(t testing.TB, name, text string) string {
 	t.Helper()
 	path := filepath.Join(f.dir, name)
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
@@ -234,7 +234,7 @@ func (f *fleet) write(t *testing.T, name, text string) string {
 	return path
 }
 
-func (f *fleet) startServer(t *testing.T) {
+func (f *fleet) startServer(t testing.TB) {
 	t.Helper()
 	f.server = start(t, "server", "run", "--config", f.serverConfig)
 	eventually(t, "the server answers", func() error {
@@ -251,7 +251,7 @@ func (f *fleet) startServer(t *testing.T) {
 	})
 }
 
-func (f *fleet) startAgent(t *testing.T) {
+func (f *fleet) startAgent(t testing.TB) {
 	t.Helper()
 	f.agent = start(t, "agent", "run", "--config", f.agentConfig)
 	eventually(t, "the agent is ready", func() error {
@@ -271,13 +271,13 @@ func (f *fleet) startAgent(t *testing.T) {
 	})
 }
 
-func (f *fleet) entry(t *testing.T, args ...string) {
+func (f *fleet) entry(t testing.TB, args ...string) {
 	t.Helper()
 	mustRun(t, append([]string{"entry", "create", "--admin-socket", f.admin, "--parent", "/node/host-1"}, args...)...)
 }
 
 // as starts this test binary as a workload of another user.
-func (f *fleet) as(t *testing.T, uid uint32, role string, env ...string) (*exec.Cmd, *output) {
+func (f *fleet) as(t testing.TB, uid uint32, role string, env ...string) (*exec.Cmd, *output) {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -304,7 +304,7 @@ func (f *fleet) as(t *testing.T, uid uint32, role string, env ...string) (*exec.
 }
 
 // ask runs a workload to its end and returns what it printed.
-func (f *fleet) ask(t *testing.T, uid uint32, role string, env ...string) (string, error) {
+func (f *fleet) ask(t testing.TB, uid uint32, role string, env ...string) (string, error) {
 	t.Helper()
 	cmd, stderr := f.as(t, uid, role, env...)
 	out, err := cmd.Output()
@@ -315,7 +315,7 @@ func (f *fleet) ask(t *testing.T, uid uint32, role string, env ...string) (strin
 }
 
 // serve starts a workload that listens, and returns its address.
-func (f *fleet) serve(t *testing.T, uid uint32, role string, env ...string) string {
+func (f *fleet) serve(t testing.TB, uid uint32, role string, env ...string) string {
 	t.Helper()
 	cmd, stderr := f.as(t, uid, role, env...)
 	pipe, err := cmd.StdoutPipe()

@@ -189,7 +189,7 @@ type stillThere struct{ what string }
 
 func (e *stillThere) Error() string { return "still " + e.what }
 
-func (f *fleet) read(t *testing.T, path string) string {
+func (f *fleet) read(t testing.TB, path string) string {
 	t.Helper()
 	data, err := os.ReadFile(path)
 	if err != nil {

@@ -1,0 +1,241 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/spiffed/spiffed/internal/config"
+	"github.com/spiffed/spiffed/internal/durable"
+	"github.com/spiffed/spiffed/internal/registry"
+)
+
+// devTrustDomain is below the top-level domain that RFC 2606 sets aside for tests.
+const devTrustDomain = "dev.test"
+
+const devAudience = "dev"
+
+// devWait is how long a machine may take to give the first identity.
+const devWait = 30 * time.Second
+
+type devOptions struct {
+	once    bool
+	dir     string // empty: a scratch folder that is removed
+	verbose bool
+}
+
+func newDevCommand(c *cli) *cobra.Command {
+	var o devOptions
+	cmd := &cobra.Command{
+		Use:   "dev",
+		Short: "Run server and agent here and now, for a first look",
+		Long: `Runs server and agent in one process, as the calling user, with no
+configuration: in a scratch folder, on a free port of 127.0.0.1, in the trust
+domain ` + devTrustDomain + `. The agent enrols itself, and the calling user is
+registered as /dev/USER. Stays until Ctrl-C and leaves nothing behind.
+
+It is not for production: the folder and all keys in it go when it stops.`,
+		Example: `  # Server, agent and an identity, until Ctrl-C
+  spiffed dev
+
+  # The same, fetch the identity, verify it, print it, and end
+  spiffed dev --once
+
+  # Keep the state, and go on from it the next time
+  spiffed dev --dir ./state`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return dev(cmd.Context(), o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	cmd.Flags().BoolVar(&o.once, "once", false, "fetch the identity, verify it, print it, and end")
+	cmd.Flags().StringVar(&o.dir, "dir", "", "keep the state in this folder")
+	cmd.Flags().BoolVar(&o.verbose, "verbose", false, "show the log of server and agent")
+	return cmd
+}
+
+func dev(ctx context.Context, o devOptions, stdout, stderr io.Writer) (err error) {
+	dir := o.dir
+	if dir == "" {
+		if dir, err = os.MkdirTemp("", "spiffed-dev-"); err != nil {
+			return fmt.Errorf("making a scratch folder: %w", err)
+		}
+		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	} else {
+		if dir, err = filepath.Abs(dir); err != nil {
+			return err
+		}
+		if err := durable.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("making the folder: %w", err)
+		}
+	}
+	level := "warn"
+	if o.verbose {
+		level = "info"
+	}
+	cfg, err := config.Parse("dev", fmt.Appendf(nil, `
+[server]
+trust_domain = %q
+listen = "127.0.0.1:0"
+data_dir = %q
+admin_socket = %q
+[agent]
+data_dir = %q
+workload_socket = %q
+admin_socket = %q
+sync_interval = "250ms"
+[log]
+level = %q
+`, devTrustDomain, filepath.Join(dir, "server"), filepath.Join(dir, "admin.sock"), filepath.Join(dir, "agent"),
+		filepath.Join(dir, "workload.sock"), filepath.Join(dir, "agent-admin.sock"), level))
+	if err != nil {
+		return err
+	}
+	log, logLevel := newLog(cfg.Log, stderr)
+	h, err := newHost(ctx, cfg, log, logLevel)
+	if err != nil {
+		return err
+	}
+	id, err := h.registerCaller(ctx)
+	if err != nil {
+		h.close()
+		return err
+	}
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- h.run(ctx) }()
+	stop := func() error { cancel(); return <-ended }
+
+	timeout := time.NewTimer(devWait)
+	defer timeout.Stop()
+	select {
+	case <-h.agent.Ready():
+	case err := <-ended:
+		return err
+	case <-timeout.C:
+		return errors.Join(fmt.Errorf("waiting for the first identity: nothing after %s; --verbose shows the log", devWait), stop())
+	}
+	if o.once {
+		err := showIdentity(ctx, stdout, cfg.Agent.WorkloadSocket, id)
+		return errors.Join(err, stop())
+	}
+	fmt.Fprintf(stdout, `%s runs as server and agent of the trust domain %s, and you are
+%s.
+
+SPIFFE_ENDPOINT_SOCKET=unix://%s
+
+Try, in another terminal:
+
+  %[5]s fetch x509 --socket %[4]s
+  %[5]s fetch jwt --audience %[6]s --socket %[4]s
+
+Ctrl-C ends it.
+`, "spiffed", devTrustDomain, id, cfg.Agent.WorkloadSocket, ownCommand(), devAudience)
+	return <-ended
+}
+
+// registerCaller gives the user who runs this an identity, on this node.
+func (h *host) registerCaller(ctx context.Context) (spiffeid.ID, error) {
+	uid := strconv.Itoa(os.Getuid())
+	name := uid
+	if u, err := user.LookupId(uid); err == nil {
+		name = u.Username
+	}
+	td := h.cfg.Server.TrustDomain
+	id, err := registry.MakeID(td, "/dev/"+name)
+	if err != nil { // a name that does not fit in a path
+		if id, err = registry.MakeID(td, "/dev/"+uid); err != nil {
+			return spiffeid.ID{}, err
+		}
+	}
+	entry := &registry.Entry{
+		SPIFFEID: id, ParentID: selfID(td),
+		Selectors: []registry.Selector{{Type: "unix", Value: "uid:" + uid}},
+	}
+	entry.Normalize()
+	if err := entry.Validate(td); err != nil {
+		return spiffeid.ID{}, err
+	}
+	result := h.store.CreateEntries(ctx, []*registry.Entry{entry})[0]
+	if result.Err != nil && !errors.Is(result.Err, registry.ErrConflict) { // there from the last time with --dir
+		return spiffeid.ID{}, fmt.Errorf("registering %s: %w", id, result.Err)
+	}
+	return id, nil
+}
+
+// showIdentity fetches the identity as any process would, and believes nothing
+// that it has not verified.
+func showIdentity(ctx context.Context, w io.Writer, socket string, want spiffeid.ID) error {
+	ctx, cancel := context.WithTimeout(ctx, devWait)
+	defer cancel()
+	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+socket))
+	if err != nil {
+		return fmt.Errorf("connecting to the Workload API: %w", err)
+	}
+	defer client.Close()
+	x509Context, err := client.FetchX509Context(ctx)
+	if err != nil {
+		return fmt.Errorf("fetching the X.509-SVID: %w", err)
+	}
+	svid := x509Context.DefaultSVID()
+	id, chains, err := x509svid.Verify(svid.Certificates, x509Context.Bundles)
+	if err != nil {
+		return fmt.Errorf("verifying the X.509-SVID: %w", err)
+	}
+	if id != want {
+		return fmt.Errorf("the Workload API gave %s, want %s", id, want)
+	}
+	token, err := client.FetchJWTSVID(ctx, jwtsvid.Params{Audience: devAudience})
+	if err != nil {
+		return fmt.Errorf("fetching the JWT-SVID: %w", err)
+	}
+	jwtBundles, err := client.FetchJWTBundles(ctx)
+	if err != nil {
+		return fmt.Errorf("fetching the JWT bundle: %w", err)
+	}
+	jwt, err := jwtsvid.ParseAndValidate(token.Marshal(), jwtBundles, []string{devAudience})
+	if err != nil {
+		return fmt.Errorf("verifying the JWT-SVID: %w", err)
+	}
+
+	leaf := svid.Certificates[0]
+	fmt.Fprintf(w, "SPIFFE ID  %s\n", id)
+	fmt.Fprintf(w, "Expires    %s (in %s)\n", leaf.NotAfter.Format(time.RFC3339), time.Until(leaf.NotAfter).Round(time.Second))
+	for i, cert := range chains[0] {
+		label, what := "", "signing CA"
+		switch {
+		case i == 0:
+			label, what = "Chain", "leaf"
+		case i == len(chains[0])-1:
+			what = "root"
+		}
+		fmt.Fprintf(w, "%-10s %d %-10s serial %x, until %s\n", label, i, what, cert.SerialNumber, cert.NotAfter.Format(time.RFC3339))
+	}
+	fmt.Fprintf(w, "X.509-SVID verified: the chain leads to the root of %s\n", id.TrustDomain().Name())
+	fmt.Fprintf(w, "JWT-SVID   verified: %s for audience %q, until %s\n", jwt.ID, devAudience, jwt.Expiry.Format(time.RFC3339))
+	return nil
+}
+
+// ownCommand is how to call this program again.
+func ownCommand() string {
+	exe, err := os.Executable()
+	if err != nil || strings.Contains(exe, "/go-build") { // go run: it is gone when this ends
+		return "go run ./cmd/spiffed"
+	}
+	return exe
+}

@@ -1,0 +1,394 @@
+package main
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/spiffed/spiffed/internal/agent"
+	"github.com/spiffed/spiffed/internal/attest"
+	"github.com/spiffed/spiffed/internal/ca"
+	"github.com/spiffed/spiffed/internal/config"
+	"github.com/spiffed/spiffed/internal/durable"
+	"github.com/spiffed/spiffed/internal/registry"
+	"github.com/spiffed/spiffed/internal/server"
+	"github.com/spiffed/spiffed/internal/store"
+	"github.com/spiffed/spiffed/internal/unixsocket"
+	"github.com/spiffed/spiffed/internal/workloadapi"
+)
+
+// ownAlias is the alias of the node that shares its process with the server.
+const ownAlias = "/node/self"
+
+// host is one process with the roles that its configuration has sections for.
+// It is built whole, with every socket bound, before anything runs.
+type host struct {
+	cfg      *config.Config
+	log      *slog.Logger
+	logLevel *slog.LevelVar
+
+	engine store.Engine // nil without the server role; so are the next three
+	store  *store.Store
+	ca     *ca.CA
+	server *server.Server
+
+	agent         *agent.Agent // nil without the agent role; so are the next three
+	agentAdmin    *agent.AdminServer
+	workloads     *workloadapi.Server
+	workloadsAt   net.Listener
+	closeOnFailed []io.Closer // while the host is being built
+}
+
+// newHost builds the roles. On an error nothing stays open.
+func newHost(ctx context.Context, cfg *config.Config, log *slog.Logger, logLevel *slog.LevelVar) (_ *host, err error) {
+	h := &host{cfg: cfg, log: log, logLevel: logLevel}
+	defer func() {
+		if err != nil {
+			h.close()
+		}
+	}()
+	if cfg.Server != nil {
+		if err := h.buildServer(ctx); err != nil {
+			return nil, err
+		}
+	}
+	if cfg.Agent != nil {
+		if err := h.buildAgent(); err != nil {
+			return nil, err
+		}
+	}
+	return h, nil
+}
+
+func (h *host) close() {
+	for i := len(h.closeOnFailed) - 1; i >= 0; i-- {
+		h.closeOnFailed[i].Close()
+	}
+}
+
+func (h *host) buildServer(ctx context.Context) error {
+	cfg := h.cfg.Server
+	if err := ownFolder(cfg.DataDir); err != nil {
+		return fmt.Errorf("server.data_dir: %w", err)
+	}
+	var err error
+	if h.engine, err = openEngine(ctx, cfg.DataDir, int64(cfg.StoreMaxSize), h.log); err != nil {
+		return err
+	}
+	h.closeOnFailed = append(h.closeOnFailed, h.engine)
+	h.store = store.New(h.engine, cfg.TrustDomain)
+	h.ca, err = ca.Open(ctx, ca.Config{
+		TrustDomain: cfg.TrustDomain,
+		Dir:         filepath.Join(cfg.DataDir, "keys"),
+		KeyType:     ca.KeyType(cfg.CAKeyType),
+		JWTKeyType:  ca.KeyType(cfg.JWTKeyType),
+		RootTTL:     cfg.RootTTL,
+		SigningTTL:  cfg.SigningCATTL,
+		JWTKeyTTL:   cfg.JWTKeyTTL,
+		RefreshHint: cfg.RefreshHint,
+		Backdate:    cfg.Backdate,
+		JWTIssuer:   cfg.JWTIssuer,
+		Journal:     h.store,
+		Log:         h.log,
+	})
+	if err != nil {
+		return err
+	}
+	admin, err := unixsocket.Listen(unixsocket.Config{Path: cfg.AdminSocket, Mode: 0o660, Group: cfg.AdminGroup})
+	if err != nil {
+		return fmt.Errorf("server.admin_socket: %w", err)
+	}
+	h.closeOnFailed = append(h.closeOnFailed, admin)
+	h.server, err = server.New(server.Config{
+		TrustDomain:   cfg.TrustDomain,
+		Listen:        cfg.Listen,
+		AdminListener: admin,
+		Advertise:     cfg.Advertise,
+		X509TTL:       cfg.DefaultX509SVIDTTL,
+		JWTTTL:        cfg.DefaultJWTSVIDTTL,
+		AgentTTL:      cfg.AgentTTL,
+		AdminIDs:      cfg.AdminIDs,
+		AttestRate:    float64(cfg.RateLimit.AttestationsPerSecond),
+		SignRate:      float64(cfg.RateLimit.SigningsPerSecond),
+		Verifiers:     verifiers(cfg.TrustDomain, h.store, h.log),
+		Store:         h.store,
+		CA:            h.ca,
+		Tokens:        tokens,
+		Version:       version(),
+		Log:           h.log,
+		LogLevel:      h.logLevel,
+	})
+	if err != nil {
+		return err
+	}
+	h.closeOnFailed = append(h.closeOnFailed, h.server)
+	return nil
+}
+
+func (h *host) buildAgent() error {
+	cfg := h.cfg.Agent
+	if err := ownFolder(cfg.DataDir); err != nil {
+		return fmt.Errorf("agent.data_dir: %w", err)
+	}
+	settings, err := h.joinSettings()
+	if err != nil {
+		return err
+	}
+	settings.DataDir = cfg.DataDir
+	settings.SyncInterval = cfg.SyncInterval
+	settings.KeyType = string(cfg.WorkloadKeyType)
+	settings.WorkloadSocket = cfg.WorkloadSocket
+	settings.Version = version()
+	settings.Log = h.log
+	if h.agent, err = agent.New(*settings); err != nil {
+		return err
+	}
+	admin, err := unixsocket.Listen(unixsocket.Config{Path: cfg.AdminSocket, Mode: 0o660, Group: h.adminGroup()})
+	if err != nil {
+		return fmt.Errorf("agent.admin_socket: %w", err)
+	}
+	h.closeOnFailed = append(h.closeOnFailed, admin)
+	h.agentAdmin = agent.NewAdminServer(h.agent, admin)
+	// Everybody may connect: who calls decides what it gets.
+	h.workloadsAt, err = unixsocket.Listen(unixsocket.Config{Path: cfg.WorkloadSocket, Mode: 0o666})
+	if err != nil {
+		return fmt.Errorf("agent.workload_socket: %w", err)
+	}
+	h.closeOnFailed = append(h.closeOnFailed, h.workloadsAt)
+	h.workloads = workloadapi.New(workloadapi.Config{
+		Source:    h.agent,
+		Attestors: workloadAttestors(h.log),
+		Log:       h.log,
+	})
+	return nil
+}
+
+func (h *host) adminGroup() string {
+	if h.cfg.Server != nil {
+		return h.cfg.Server.AdminGroup
+	}
+	return ""
+}
+
+// joinSettings says how the agent comes in: by what its section says, or with
+// the server in this process.
+func (h *host) joinSettings() (*agent.Config, error) {
+	cfg := h.cfg.Agent
+	if h.cfg.OwnServer() {
+		td := h.cfg.Server.TrustDomain
+		return &agent.Config{
+			TrustDomain:     td,
+			ServerAddresses: []string{loopback(h.server.Addr())},
+			Prover:          &ownProver{h: h},
+			TrustBundle:     h.ca.Bundle().X509Roots(),
+		}, nil
+	}
+	settings := &agent.Config{TrustDomain: cfg.TrustDomain, ServerAddresses: cfg.Servers}
+	text, from := cfg.Join, "agent.join"
+	if cfg.JoinFile != "" {
+		from = "agent.join_file"
+		data, err := readSecret(cfg.JoinFile)
+		switch {
+		case errors.Is(err, os.ErrNotExist) && !cfg.TrustDomain.IsZero() && len(cfg.Servers) > 0:
+			// It may be removed once the node is in.
+		case err != nil:
+			return nil, fmt.Errorf("agent.join_file: %w", err)
+		default:
+			text = data
+		}
+	}
+	if text != "" {
+		j, err := parseJoining(text)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", from, err)
+		}
+		settings.Prover, settings.Pin = j.prover, j.pin
+		if !j.trustDomain.IsZero() {
+			if !cfg.TrustDomain.IsZero() && cfg.TrustDomain != j.trustDomain {
+				return nil, fmt.Errorf("%s is for the trust domain %q, but agent.trust_domain is %q", from, j.trustDomain, cfg.TrustDomain)
+			}
+			settings.TrustDomain = j.trustDomain
+			if len(cfg.Servers) == 0 {
+				settings.ServerAddresses = j.servers
+			}
+		}
+	}
+	if settings.TrustDomain.IsZero() || len(settings.ServerAddresses) == 0 {
+		return nil, fmt.Errorf("%s holds a bare token: agent.trust_domain and agent.server are needed with it", from)
+	}
+	if cfg.TrustBundle != "" {
+		roots, err := readRoots(cfg.TrustBundle)
+		if err != nil {
+			return nil, fmt.Errorf("agent.trust_bundle: %w", err)
+		}
+		settings.TrustBundle = roots
+	}
+	return settings, nil
+}
+
+// run plays the roles until ctx ends or one of them fails.
+func (h *host) run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	if h.server != nil {
+		group.Go(func() error { return h.ca.Run(ctx) })
+		group.Go(func() error { return h.server.Run(ctx) })
+		h.log.Info("server started", "trust_domain_id", h.cfg.Server.TrustDomain.IDString(), "address", h.server.Addr().String(), "admin_socket", h.cfg.Server.AdminSocket, "version", version())
+	}
+	if h.agent != nil {
+		group.Go(func() error { return h.agent.Run(ctx) })
+		group.Go(func() error { return h.agentAdmin.Serve(ctx) })
+		group.Go(func() error { return h.workloads.Serve(ctx, h.workloadsAt) })
+		h.log.Info("agent started", "workload_socket", h.cfg.Agent.WorkloadSocket, "version", version())
+	}
+	err := group.Wait()
+	if errors.Is(err, context.Canceled) {
+		err = nil
+	}
+	if h.engine != nil {
+		err = errors.Join(err, h.engine.Close())
+	}
+	h.log.Info("stopped")
+	return err
+}
+
+// ownProver lets the agent in that shares its process with the server: it makes
+// a token when one is asked for.
+type ownProver struct {
+	h    *host
+	made attest.Prover // once made, so that a repeat shows the same token
+}
+
+func (p *ownProver) Type() string { return ownAttestor }
+
+func (p *ownProver) Payload(ctx context.Context) ([]byte, error) {
+	if p.made == nil {
+		alias, err := registry.MakeID(p.h.cfg.Server.TrustDomain, ownAlias)
+		if err != nil {
+			return nil, err
+		}
+		token, err := p.h.server.MakeToken(ctx, 10*time.Minute, alias)
+		if err != nil {
+			return nil, fmt.Errorf("making a join token for the agent in this process: %w", err)
+		}
+		j, err := parseJoining(token)
+		if err != nil {
+			return nil, err
+		}
+		p.made = j.prover
+	}
+	return p.made.Payload(ctx)
+}
+
+func (p *ownProver) Respond(ctx context.Context, challenge []byte) ([]byte, error) {
+	return p.made.Respond(ctx, challenge)
+}
+
+// loopback turns the address of a listener into one that this host can dial.
+func loopback(addr net.Addr) string {
+	tcp, ok := addr.(*net.TCPAddr)
+	if !ok || !tcp.IP.IsUnspecified() {
+		return addr.String()
+	}
+	host := "127.0.0.1"
+	if tcp.IP.To4() == nil {
+		host = "localhost" // [::] takes IPv4 as well, unless the host has none
+	}
+	return net.JoinHostPort(host, strconv.Itoa(tcp.Port))
+}
+
+// ownFolder makes sure of a folder that only this user can look into.
+func ownFolder(dir string) error {
+	if err := durable.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	info, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("%q is not a folder", dir)
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return fmt.Errorf("%q holds private keys, but others can enter it (mode %#o); run: chmod 700 %s", dir, info.Mode().Perm(), dir)
+	}
+	probe, err := os.CreateTemp(dir, ".probe-")
+	if err != nil {
+		return fmt.Errorf("cannot write in it: %w", err)
+	}
+	return errors.Join(probe.Close(), os.Remove(probe.Name()))
+}
+
+const maxSecretFile, maxRootsFile = 16 << 10, 1 << 20
+
+func readSecret(path string) (string, error) {
+	data, err := readLimited(path, maxSecretFile)
+	return strings.TrimSpace(string(data)), err
+}
+
+func readLimited(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(data)) > limit {
+		err = fmt.Errorf("%q is larger than %d bytes", path, limit)
+	}
+	return data, err
+}
+
+// readRoots reads the certificates of a PEM file.
+func readRoots(path string) ([]*x509.Certificate, error) {
+	data, err := readLimited(path, maxRootsFile)
+	if err != nil {
+		return nil, err
+	}
+	var roots []*x509.Certificate
+	for {
+		var block *pem.Block
+		if block, data = pem.Decode(data); block == nil {
+			break
+		}
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("%q holds a PEM block of type %q, want CERTIFICATE only", path, block.Type)
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("%q: certificate %d: %w", path, len(roots)+1, err)
+		}
+		roots = append(roots, cert)
+	}
+	if len(roots) == 0 {
+		return nil, fmt.Errorf("%q holds no certificate in PEM", path)
+	}
+	return roots, nil
+}
+
+// newLog returns a logger to w as the section [log] wants it.
+func newLog(cfg config.Log, w io.Writer) (*slog.Logger, *slog.LevelVar) {
+	level := &slog.LevelVar{}
+	level.Set(cfg.Level)
+	options := &slog.HandlerOptions{Level: level}
+	if cfg.Format == "json" {
+		return slog.New(slog.NewJSONHandler(w, options)), level
+	}
+	return slog.New(slog.NewTextHandler(w, options)), level
+}
+
+// selfID is the SPIFFE ID of the alias of the node in this process.
+func selfID(td spiffeid.TrustDomain) spiffeid.ID { return spiffeid.RequireFromPath(td, ownAlias) }
