@@ -1,0 +1,127 @@
+// Package unix attests a local process by what the kernel knows of it: its
+// user, its groups and its executable. The selectors are spelled as SPIRE's:
+//
+//	unix:uid:1000   unix:user:web   unix:gid:1000   unix:group:web
+//	unix:supplementary_gid:33       unix:supplementary_group:www-data
+//	unix:path:/usr/bin/nginx        unix:sha256:9f86d081...
+//
+// What cannot be said for certain is left out, and logged: an identity that
+// asks for it is then not given. Names come from /etc/passwd and /etc/group;
+// directories such as LDAP are not asked.
+package unix
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strconv"
+
+	"github.com/spiffed/spiffed/internal/peercred"
+	"github.com/spiffed/spiffed/internal/registry"
+)
+
+// Name is the type of the selectors.
+const Name = "unix"
+
+// Config of the attestor.
+type Config struct {
+	// MaxHashSize is the size in bytes above which an executable is not
+	// hashed; 0 means 1 GiB.
+	MaxHashSize int64
+	Log         *slog.Logger
+}
+
+// Attestor implements attest.Workload.
+type Attestor struct {
+	log    *slog.Logger
+	hashes *hashes
+	users  *names
+	groups *names
+}
+
+// New returns an attestor.
+func New(cfg Config) *Attestor {
+	return &Attestor{
+		log:    cfg.Log,
+		hashes: newHashes(cfg.MaxHashSize),
+		users:  newNames(lookupUser),
+		groups: newNames(lookupGroup),
+	}
+}
+
+// Name is the type of the selectors.
+func (a *Attestor) Name() string { return Name }
+
+// Attest returns the selectors of the process that wants asks for. It fails if
+// the process has ended, or runs as another user or group than when it connected.
+func (a *Attestor) Attest(ctx context.Context, peer *peercred.Peer, wants func(kind string) bool) ([]registry.Selector, error) {
+	var out []registry.Selector
+	add := func(kind, value string) {
+		s := registry.Selector{Type: Name, Value: kind + ":" + value}
+		if err := s.Validate(); err != nil {
+			a.log.Info("left out a selector that is not valid", "pid", peer.PID, "caller_uid", peer.UID, "err", err)
+			return
+		}
+		out = append(out, s)
+	}
+	want := func(kind string) bool { return wants(Name + ":" + kind) }
+
+	if wantPath, wantHash := want("path"), want("sha256"); wantPath || wantHash {
+		if err := a.executable(ctx, peer, wantPath, wantHash, add); err != nil {
+			return nil, err
+		}
+	}
+
+	// After the executable: if the process has become a setuid program in the
+	// meantime, it shows here.
+	status, err := peer.Status()
+	if err != nil {
+		if err := peer.Alive(); err != nil {
+			return nil, err
+		}
+		return nil, err
+	}
+	if status.UID != peer.UID || status.GID != peer.GID {
+		return nil, fmt.Errorf("process %d runs as uid %d, gid %d now, but connected as uid %d, gid %d", peer.PID, status.UID, status.GID, peer.UID, peer.GID)
+	}
+
+	if want("uid") {
+		add("uid", number(peer.UID))
+	}
+	if want("user") {
+		if name, ok := a.name(a.users, peer, peer.UID); ok {
+			add("user", name)
+		}
+	}
+	if want("gid") {
+		add("gid", number(peer.GID))
+	}
+	if want("group") {
+		if name, ok := a.name(a.groups, peer, peer.GID); ok {
+			add("group", name)
+		}
+	}
+	if want("supplementary_gid") {
+		for _, gid := range status.Groups {
+			add("supplementary_gid", number(gid))
+		}
+	}
+	if want("supplementary_group") {
+		for _, gid := range status.Groups {
+			if name, ok := a.name(a.groups, peer, gid); ok {
+				add("supplementary_group", name)
+			}
+		}
+	}
+	return out, peer.Alive()
+}
+
+func number(id uint32) string { return strconv.FormatUint(uint64(id), 10) }
+
+func (a *Attestor) name(n *names, peer *peercred.Peer, id uint32) (string, bool) {
+	name, err := n.lookup(id)
+	if err != nil {
+		a.log.Info("left out the name of a user or group", "pid", peer.PID, "caller_uid", peer.UID, "err", err)
+	}
+	return name, name != ""
+}

@@ -1,0 +1,563 @@
+package unix
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	sys "golang.org/x/sys/unix"
+
+	"github.com/spiffed/spiffed/internal/attest"
+	"github.com/spiffed/spiffed/internal/peercred"
+	"github.com/spiffed/spiffed/internal/registry"
+)
+
+var _ attest.Workload = (*Attestor)(nil)
+
+// The test binary plays the calling processes. "connect" connects to SOCKET and
+// holds on until its stdin ends. "become" connects, becomes the program NEXT and
+// holds on. "mount" mounts its own program over NEXT, in a mount namespace of
+// its own, and becomes NEXT, which connects.
+func TestMain(m *testing.M) {
+	fail := func(err error) {
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+	}
+	next := os.Getenv("NEXT")
+	switch os.Getenv("ROLE") {
+	case "":
+		os.Exit(m.Run())
+	case "mount":
+		fail(sys.Mount("", "/", "", sys.MS_REC|sys.MS_PRIVATE, ""))
+		fail(sys.Mount(os.Getenv("OVER"), next, "", sys.MS_BIND, ""))
+		fail(syscall.Exec(next, []string{next}, []string{"ROLE=connect", "SOCKET=" + os.Getenv("SOCKET")}))
+	case "become":
+		c, err := net.Dial("unix", os.Getenv("SOCKET"))
+		fail(err)
+		f, err := c.(*net.UnixConn).File()
+		fail(err)
+		_, err = sys.FcntlInt(f.Fd(), sys.F_SETFD, 0)
+		fail(err)
+		fail(syscall.Exec(next, []string{next}, []string{"ROLE=hold"}))
+	case "connect":
+		_, err := net.Dial("unix", os.Getenv("SOCKET"))
+		fail(err)
+		fallthrough
+	case "hold":
+		fmt.Println("ready")
+		io.Copy(io.Discard, os.Stdin)
+	}
+}
+
+type caller struct {
+	*peercred.Peer
+	end func()
+}
+
+// call runs the program at path (the test binary, or a copy) in a role, and
+// returns the peer that connects.
+func call(t testing.TB, path, role string, attr *syscall.SysProcAttr, env ...string) caller {
+	t.Helper()
+	socket := filepath.Join(tempDir(t), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := os.Chmod(socket, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(path)
+	cmd.Env = append(env, "ROLE="+role, "SOCKET="+socket)
+	cmd.SysProcAttr = attr
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatalf("starting a process as another user (tests run as root): %v", err)
+	}
+	end := func() { in.Close(); cmd.Wait() }
+	t.Cleanup(end)
+	lines := bufio.NewScanner(out)
+	lines.Scan()
+	if lines.Text() != "ready" {
+		t.Fatalf("%s: %q", role, lines.Text())
+	}
+	c, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	p, err := peercred.FromConn(c.(*net.UnixConn))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Close() })
+	return caller{p, end}
+}
+
+func tempDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "au")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// program copies the test binary, padded to at least size, and returns the copy
+// and its hash.
+func program(t testing.TB, size int) (path, sum string) {
+	t.Helper()
+	data, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	data = append(data, make([]byte, max(0, size-len(data)))...)
+	path = filepath.Join(tempDir(t), "program")
+	if err := os.WriteFile(path, data, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	hash := sha256.Sum256(data)
+	return path, hex.EncodeToString(hash[:])
+}
+
+func newAttestor(t testing.TB) (*Attestor, *bytes.Buffer) {
+	var log bytes.Buffer
+	return New(Config{Log: slog.New(slog.NewTextHandler(&log, nil))}), &log
+}
+
+func wants(kinds ...string) func(string) bool {
+	return func(kind string) bool {
+		k, ok := strings.CutPrefix(kind, "unix:")
+		return ok && slices.Contains(kinds, k)
+	}
+}
+
+func all(string) bool { return true }
+
+func values(selectors []registry.Selector) []string {
+	out := []string{}
+	for _, s := range registry.SortSelectors(selectors) {
+		out = append(out, s.String())
+	}
+	return out
+}
+
+func as(uid, gid uint32, groups ...uint32) *syscall.SysProcAttr {
+	return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: gid, Groups: groups}}
+}
+
+func TestSelectors(t *testing.T) {
+	path, sum := program(t, 0)
+	daemon, err := user.LookupGroupId("1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests := []struct {
+		name  string
+		attr  *syscall.SysProcAttr
+		wants func(string) bool
+		want  []string
+	}{
+		{"all, without names", as(12345, 23456, 34567), all, []string{
+			"unix:gid:23456", "unix:path:" + path, "unix:sha256:" + sum, "unix:supplementary_gid:34567", "unix:uid:12345"}},
+		{"all, with names", as(0, 0, 1), all, []string{
+			"unix:gid:0", "unix:group:root", "unix:path:" + path, "unix:sha256:" + sum,
+			"unix:supplementary_gid:1", "unix:supplementary_group:" + daemon.Name, "unix:uid:0", "unix:user:root"}},
+		{"uid", as(12345, 0), wants("uid"), []string{"unix:uid:12345"}},
+		{"user", as(0, 1), wants("user"), []string{"unix:user:root"}},
+		{"gid", as(12345, 7), wants("gid"), []string{"unix:gid:7"}},
+		{"group", as(12345, 1), wants("group"), []string{"unix:group:" + daemon.Name}},
+		{"supplementary_gid", as(12345, 7, 9, 8), wants("supplementary_gid"), []string{"unix:supplementary_gid:8", "unix:supplementary_gid:9"}},
+		{"supplementary_group", as(12345, 7, 1, 0), wants("supplementary_group"), []string{"unix:supplementary_group:" + daemon.Name, "unix:supplementary_group:root"}},
+		{"path", as(12345, 7), wants("path"), []string{"unix:path:" + path}},
+		{"sha256", as(12345, 7), wants("sha256"), []string{"unix:sha256:" + sum}},
+		{"nothing", as(12345, 7), wants(), []string{}},
+	}
+	a, log := newAttestor(t)
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			slices.Sort(tt.want)
+			got, err := a.Attest(t.Context(), call(t, path, "connect", tt.attr).Peer, tt.wants)
+			if err != nil || !slices.Equal(values(got), tt.want) {
+				t.Errorf("got  %q, %v\nwant %q", values(got), err, tt.want)
+			}
+		})
+	}
+	if log.Len() > 0 {
+		t.Errorf("logged %s", log)
+	}
+}
+
+func TestEndedProcess(t *testing.T) {
+	a, _ := newAttestor(t)
+	for _, kinds := range []func(string) bool{all, wants("uid")} {
+		c := call(t, "/proc/self/exe", "connect", nil)
+		c.end()
+		if got, err := a.Attest(t.Context(), c.Peer, kinds); !errors.Is(err, peercred.ErrEnded) {
+			t.Errorf("got %q, %v", got, err)
+		}
+	}
+}
+
+// The program of a process is what it runs, and not what is at its path by now.
+func TestReplacedProgram(t *testing.T) {
+	other := []byte("another program")
+	for name, replace := range map[string]func(path string) error{
+		"deleted": os.Remove,
+		"replaced": func(path string) error {
+			if err := os.WriteFile(path+".new", other, 0o755); err != nil {
+				return err
+			}
+			return os.Rename(path+".new", path)
+		},
+		"moved, with another in its place": func(path string) error {
+			if err := os.Rename(path, path+".old"); err != nil {
+				return err
+			}
+			return os.Symlink(path+".old", path)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, log := newAttestor(t)
+			path, sum := program(t, 0)
+			c := call(t, path, "connect", nil)
+			if err := replace(path); err != nil {
+				t.Fatal(err)
+			}
+			got, err := a.Attest(t.Context(), c.Peer, wants("path", "sha256"))
+			want := []string{"unix:sha256:" + sum}
+			if strings.HasPrefix(name, "moved") { // it has a path, its present one
+				want = []string{"unix:path:" + path + ".old", "unix:sha256:" + sum}
+			} else if !strings.Contains(log.String(), "left out path") {
+				t.Errorf("logged %q", log)
+			}
+			if err != nil || !slices.Equal(values(got), want) {
+				t.Errorf("got %q, %v; want %q", values(got), err, want)
+			}
+		})
+	}
+}
+
+// Any user can make a mount namespace and see his own program at whatever path.
+func TestPathInOwnMountNamespace(t *testing.T) {
+	a, log := newAttestor(t)
+	genuine, _ := program(t, 1<<20)
+	fake, sum := program(t, 0)
+	c := call(t, fake, "mount", &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}, "NEXT="+genuine, "OVER="+fake)
+	if path, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", c.PID)); err != nil || path != genuine {
+		t.Fatalf("the process does not look like %q but like %q: %v", genuine, path, err)
+	}
+	got, err := a.Attest(t.Context(), c.Peer, wants("path", "sha256"))
+	if err != nil || !slices.Equal(values(got), []string{"unix:sha256:" + sum}) {
+		t.Errorf("got %q, %v", values(got), err)
+	}
+	if !strings.Contains(log.String(), "another file is at that path") {
+		t.Errorf("logged %q", log)
+	}
+}
+
+// A process that connects and then becomes a setuid program has neither the
+// rights of that program nor its identity.
+func TestBecomesSetuidProgram(t *testing.T) {
+	a, _ := newAttestor(t)
+	setuid, _ := program(t, 0)
+	if err := os.Chmod(setuid, 0o755|os.ModeSetuid); err != nil {
+		t.Fatal(err)
+	}
+	c := call(t, "/proc/self/exe", "become", as(12345, 12345), "NEXT="+setuid)
+	got, err := a.Attest(t.Context(), c.Peer, wants("uid", "path"))
+	if err == nil || !strings.Contains(err.Error(), "runs as uid 0, gid 12345 now, but connected as uid 12345") {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+func TestTooLargeToHash(t *testing.T) {
+	a, log := newAttestor(t)
+	a.hashes.maxSize = 1000
+	got, err := a.Attest(t.Context(), call(t, "/proc/self/exe", "connect", nil).Peer, wants("sha256", "uid"))
+	if err != nil || !slices.Equal(values(got), []string{"unix:uid:0"}) {
+		t.Errorf("got %q, %v", values(got), err)
+	}
+	if !strings.Contains(log.String(), "more than the limit of 1000") {
+		t.Errorf("logged %q", log)
+	}
+}
+
+func TestNoSelectorThatIsNotValid(t *testing.T) {
+	a, log := newAttestor(t)
+	path, _ := program(t, 0)
+	odd := filepath.Join(filepath.Dir(path), "a\nb")
+	if err := os.Rename(path, odd); err != nil {
+		t.Fatal(err)
+	}
+	got, err := a.Attest(t.Context(), call(t, odd, "connect", nil).Peer, wants("path"))
+	if err != nil || len(got) > 0 || !strings.Contains(log.String(), "control character") {
+		t.Errorf("got %q, %v, logged %q", values(got), err, log)
+	}
+}
+
+// open returns an O_PATH descriptor, as the attestor has it.
+func open(t testing.TB, path string) (int, *sys.Stat_t) {
+	t.Helper()
+	fd, err := sys.Open(path, sys.O_PATH|sys.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { sys.Close(fd) })
+	var st sys.Stat_t
+	if err := sys.Fstat(fd, &st); err != nil {
+		t.Fatal(err)
+	}
+	return fd, &st
+}
+
+func write(t testing.TB, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func hexSum(content string) string {
+	sum := sha256.Sum256([]byte(content))
+	return hex.EncodeToString(sum[:])
+}
+
+func TestHashFollowsContent(t *testing.T) {
+	h := newHashes(0)
+	h.settled = -1 << 62
+	path := filepath.Join(t.TempDir(), "f")
+	write(t, path, "first")
+	for range 2 {
+		fd, st := open(t, path)
+		if got, err := h.sum(t.Context(), 0, fd, st); err != nil || got != hexSum("first") {
+			t.Errorf("got %s, %v", got, err)
+		}
+	}
+	if h.recent.Len() != 1 {
+		t.Errorf("%d hashes are remembered", h.recent.Len())
+	}
+	// The same size and times as before, as far as the owner can set them.
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, path, "other")
+	if err := os.Chtimes(path, info.ModTime(), info.ModTime()); err != nil {
+		t.Fatal(err)
+	}
+	fd, st := open(t, path)
+	if got, err := h.sum(t.Context(), 0, fd, st); err != nil || got != hexSum("other") {
+		t.Errorf("got %s, %v", got, err)
+	}
+}
+
+func TestFreshFileIsNotRemembered(t *testing.T) {
+	h := newHashes(0)
+	path := filepath.Join(t.TempDir(), "f")
+	write(t, path, "fresh")
+	fd, st := open(t, path)
+	if got, err := h.sum(t.Context(), 0, fd, st); err != nil || got != hexSum("fresh") {
+		t.Errorf("got %s, %v", got, err)
+	}
+	if h.recent.Len() != 0 {
+		t.Error("the hash of a file that may change in the same tick is remembered")
+	}
+}
+
+func TestChangedWhileHashed(t *testing.T) {
+	h := newHashes(0)
+	path := filepath.Join(t.TempDir(), "f")
+	write(t, path, "before")
+	fd, st := open(t, path)
+	write(t, path, "after that")
+	if got, err := h.sum(t.Context(), 0, fd, st); err == nil {
+		t.Errorf("got %s", got)
+	}
+}
+
+func TestHashOfNoFile(t *testing.T) {
+	h := newHashes(0)
+	fd, st := open(t, t.TempDir())
+	if got, err := h.sum(t.Context(), 0, fd, st); err == nil {
+		t.Errorf("got %s", got)
+	}
+}
+
+// Many first questions about one file cost one hash.
+func TestHashedOnce(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "f")
+	write(t, path, "content")
+	fd, st := open(t, path)
+	synctest.Test(t, func(t *testing.T) {
+		h := newHashes(0)
+		for range hashesAtATime { // nothing is hashed for now
+			h.slots <- struct{}{}
+		}
+		sums := make(chan string, 20)
+		for range cap(sums) {
+			go func() {
+				sum, _ := h.sum(t.Context(), 0, fd, st)
+				sums <- sum
+			}()
+		}
+		synctest.Wait()
+		if len(h.pending) != 1 || h.jobs[0] != 1 {
+			t.Errorf("%d files are being hashed, %d jobs", len(h.pending), h.jobs[0])
+		}
+		for range hashesAtATime {
+			<-h.slots
+		}
+		for range cap(sums) {
+			if got := <-sums; got != hexSum("content") {
+				t.Errorf("got %q", got)
+			}
+		}
+		if len(h.pending) != 0 || len(h.jobs) != 0 {
+			t.Error("jobs are left over")
+		}
+	})
+}
+
+// One user with many programs holds up no other, and who does not wait finds
+// the hash the next time.
+func TestBusyUser(t *testing.T) {
+	dir := t.TempDir()
+	type file struct {
+		fd int
+		st *sys.Stat_t
+	}
+	var files []file
+	for i := range jobsPerUser + 1 {
+		path := filepath.Join(dir, fmt.Sprint(i))
+		write(t, path, "content")
+		fd, st := open(t, path)
+		files = append(files, file{fd, st})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		h := newHashes(0)
+		h.settled = -1 << 62
+		for range hashesAtATime {
+			h.slots <- struct{}{}
+		}
+		hurry, cancel := context.WithCancel(t.Context())
+		cancel()
+		for _, f := range files[:jobsPerUser] {
+			if _, err := h.sum(hurry, 1, f.fd, f.st); !errors.Is(err, context.Canceled) {
+				t.Errorf("got %v", err)
+			}
+		}
+		last := files[jobsPerUser]
+		if _, err := h.sum(hurry, 1, last.fd, last.st); !errors.Is(err, errBusy) {
+			t.Errorf("got %v", err)
+		}
+		if _, err := h.sum(hurry, 2, last.fd, last.st); !errors.Is(err, context.Canceled) {
+			t.Errorf("another user: %v", err)
+		}
+		for range hashesAtATime {
+			<-h.slots
+		}
+		synctest.Wait()
+		if got, err := h.sum(hurry, 1, files[0].fd, files[0].st); err != nil || got != hexSum("content") {
+			t.Errorf("the next time: %q, %v", got, err)
+		}
+	})
+}
+
+func TestHashesAreBounded(t *testing.T) {
+	h := newHashes(0)
+	dir := t.TempDir()
+	for i := range maxHashes + 10 {
+		path := filepath.Join(dir, fmt.Sprint(i))
+		write(t, path, "x")
+		_, st := open(t, path)
+		h.jobs[0]++
+		h.finish(&job{done: make(chan struct{})}, 0, keyOf(st), "sum", nil, true)
+	}
+	if len(h.known) != maxHashes || h.recent.Len() != maxHashes {
+		t.Errorf("%d and %d hashes are remembered", len(h.known), h.recent.Len())
+	}
+}
+
+func TestNamesAreRemembered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		asked := 0
+		n := newNames(func(id string) (string, error) {
+			asked++
+			return "name" + id, nil
+		})
+		for range 3 {
+			if got, err := n.lookup(7); err != nil || got != "name7" {
+				t.Errorf("got %q, %v", got, err)
+			}
+		}
+		if asked != 1 {
+			t.Errorf("asked %d times", asked)
+		}
+		<-time.After(namesTTL)
+		n.lookup(7)
+		if asked != 2 {
+			t.Errorf("asked %d times after the time to live", asked)
+		}
+		for id := range uint32(maxNames + 10) {
+			n.lookup(id)
+		}
+		if len(n.known) > maxNames {
+			t.Errorf("%d names are remembered", len(n.known))
+		}
+	})
+}
+
+func BenchmarkAttest(b *testing.B) {
+	path, _ := program(b, 20<<20)
+	for name, kinds := range map[string]func(string) bool{
+		"uid":                 wants("uid"),
+		"uid,path,sha256":     wants("uid", "path", "sha256"),
+		"uid,user,gid,groups": wants("uid", "user", "gid", "group", "supplementary_gid", "supplementary_group"),
+	} {
+		b.Run(name, func(b *testing.B) {
+			a, _ := newAttestor(b)
+			a.hashes.settled = -1 << 62
+			c := call(b, path, "connect", as(12345, 12345, 1, 2, 3))
+			if _, err := a.Attest(b.Context(), c.Peer, kinds); err != nil {
+				b.Fatal(err)
+			}
+			for b.Loop() {
+				if _, err := a.Attest(b.Context(), c.Peer, kinds); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
