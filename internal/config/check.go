@@ -20,7 +20,7 @@ const maxSocketPath = 107
 const (
 	maxRootTTL  = 36500 * 24 * time.Hour
 	maxBackdate = time.Hour
-	minSync     = time.Second
+	minSync     = 100 * time.Millisecond
 	maxSync     = time.Hour
 	minStore    = 16 << 20
 )
@@ -120,7 +120,9 @@ func (d *decoder) checkAgent(c *Config, a *Agent) {
 	for _, addr := range a.Servers {
 		d.address("agent.server", addr, false)
 	}
-	d.between("agent.sync_interval", a.SyncInterval, minSync, maxSync)
+	if a.SyncInterval < minSync || a.SyncInterval > maxSync {
+		d.problem("agent.sync_interval", "agent.sync_interval: want from %s to %s", FormatDuration(minSync), FormatDuration(maxSync))
+	}
 	if a.WorkloadKeyType == "" {
 		d.problem("agent.workload_key_type", "agent.workload_key_type is empty; want %s", oneOf(keyTypes))
 	}

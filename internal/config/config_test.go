@@ -224,7 +224,7 @@ func TestProblems(t *testing.T) {
 		"pin and bundle":       {agent + "join = \"spiffed://sekrit@s:1/example.org/pin\"\ntrust_bundle = \"/x\"\n", `f:5: agent.trust_bundle: a join string holds a pin; trust_bundle is for a bare token`},
 		"space in join":        {agent + "join = \"spiffed://sekrit@s:1/example.org/pin \"\n", `f:4: agent.join: there is a space or a control character in it`},
 		"relative join_file":   {agent + "join_file = \"join\"\n", `f:4: agent.join_file: "join" is not an absolute path`},
-		"sync interval":        {agent + "sync_interval = \"0s\"\n", `f:4: agent.sync_interval: want from 1s to 1h`},
+		"sync interval":        {agent + "sync_interval = \"0s\"\n", `f:4: agent.sync_interval: want from 100ms to 1h`},
 		"same socket":          {agent + "admin_socket = \"/run/a\"\nworkload_socket = \"/run//a\"\n", `f:4: agent.admin_socket: "/run/a" is agent.workload_socket already`},
 		"join is a number":     {agent + "join = 5\n", `f:4: agent.join: want a string in quotes, not a number`},
 
