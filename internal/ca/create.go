@@ -1,0 +1,72 @@
+package ca
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"github.com/spiffed/spiffed/internal/registry"
+)
+
+// create makes the first authorities. The order survives a crash at any point:
+// the keys are on disk before the journal names them, under a name that says
+// they are pending; loading (keyDir.rootKey) takes the last step.
+func (c *CA) create(ctx context.Context) error {
+	lost, err := c.dir.rootKeys()
+	if err != nil {
+		return err
+	}
+	if len(lost) > 0 {
+		return fmt.Errorf("the database has no authorities, but there is a root key in %q: the database is lost, or is not the one that belongs here. "+
+			"Restore it from a backup. To begin anew, with a new root that no existing agent trusts, move the folder %q away", lost[0], c.dir.path)
+	}
+	now := wallNow()
+	if now.Year() < 2000 {
+		return fmt.Errorf("the host's clock says %s; set it first: the life of a root is counted from it", now.UTC().Format(time.RFC3339))
+	}
+	dataKey, err := c.dir.readDataKey()
+	if errors.Is(err, fs.ErrNotExist) {
+		dataKey, err = c.dir.makeDataKey()
+	}
+	if err != nil {
+		return fmt.Errorf("making the data key: %w", err)
+	}
+	defer clear(dataKey)
+	seal, err := newSealer(dataKey)
+	if err != nil {
+		return err
+	}
+	rootKey, err := c.dir.pendingKey(c.cfg.KeyType)
+	if err != nil {
+		return fmt.Errorf("making the root key: %w", err)
+	}
+	root, cert, err := c.newRoot(rootKey, now)
+	if err != nil {
+		return err
+	}
+	// Nobody holds an older bundle, so this key need not wait to be known.
+	jwt, pub, err := newJWTRecord(seal, c.cfg.JWTKeyType, registry.Active, now, c.cfg.JWTKeyTTL)
+	if err != nil {
+		return err
+	}
+	bundle := &registry.Bundle{
+		TrustDomain:     c.cfg.TrustDomain,
+		X509Authorities: []registry.X509Authority{{Certificate: cert}},
+		JWTAuthorities:  []registry.JWTAuthority{{KeyID: jwt.ID, PublicKey: pub, ExpiresAt: jwt.ExpiresAt}},
+		Sequence:        nextSequence(0, now),
+		RefreshHint:     c.cfg.RefreshHint,
+	}
+	if err := c.cfg.Journal.SaveAuthorities(ctx, []*registry.Authority{root, jwt}, nil, bundle); err != nil {
+		return fmt.Errorf("storing the authorities: %w", err)
+	}
+	c.cfg.Log.Info("made a new root", "trust_domain_id", c.td, "authority_id", root.ID, "expires_at", root.ExpiresAt, "type", "audit")
+	return nil
+}
+
+// nextSequence follows prev, and the clock: a database restored from a backup
+// would otherwise give numbers out a second time, for other contents.
+func nextSequence(prev uint64, now time.Time) uint64 {
+	return max(prev+1, uint64(max(now.Unix(), 0)))
+}
