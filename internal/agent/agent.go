@@ -1,0 +1,472 @@
+// Package agent is the agent role. It verifies the server by a pin, enrols the
+// node, keeps the node's own SVID fresh, follows the entries and bundles that
+// the server grants it, holds an SVID for each of them and renews those, and
+// drops what is revoked. It speaks SPIRE's server API, to a spiffed server or
+// a SPIRE one, and offers what it holds as a registry.Source.
+//
+// It does not look at processes and serves no socket: outlets do. It never
+// gives up because the server is away, and never hands out an SVID that has
+// expired.
+package agent
+
+import (
+	"context"
+	"crypto"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+
+	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
+	"github.com/spiffed/spiffed/internal/attest"
+	"github.com/spiffed/spiffed/internal/durable"
+)
+
+// Config is what an Agent needs.
+type Config struct {
+	TrustDomain     spiffeid.TrustDomain
+	ServerAddresses []string // host:port, tried in turn
+	DataDir         string   // the identity survives a restart here; made with 0700
+
+	// Prover shows the server what this node is. Nil: only the identity in
+	// DataDir will do.
+	Prover attest.Prover
+
+	// What the server is verified by at first: Pin, which names a root as
+	// "sha256:" and the unpadded base64url of the SHA-256 of its
+	// SubjectPublicKeyInfo, or the roots themselves. Neither is needed once
+	// there is an identity in DataDir.
+	Pin         string
+	TrustBundle []*x509.Certificate
+
+	SyncInterval   time.Duration // default 5 s
+	KeyType        string        // of the workloads' keys: ec-p256 (default), ec-p384, rsa-2048, rsa-4096
+	WorkloadSocket string        // shown by GetStatus, nothing else
+	Version        string        // told to the server
+	Log            *slog.Logger  // nil: no log
+}
+
+// Agent is the agent role. Make it with New and start it with Run.
+type Agent struct {
+	adminv1.UnimplementedAgentServer
+
+	cfg       Config
+	anchor    string // names Pin or TrustBundle; remembered with an identity that came by it
+	path      string // of the identity file
+	log       *slog.Logger
+	startedAt time.Time
+	prefetch  int                                              // SVIDs held without being asked for
+	dialer    func(context.Context, string) (net.Conn, error)  // nil: gRPC's own
+	makeKey   func(ctx context.Context) (crypto.Signer, error) // for a workload
+	snap      atomic.Pointer[snapshot]                         // what is served
+	publishMu sync.Mutex                                       // held while snap is replaced
+	ready     chan struct{}                                    // closed after the first complete sync
+	readyOnce sync.Once
+	kick      chan struct{} // asks steer to look at demand or syncNow; capacity 1
+	jwts      *jwtCache
+
+	// Owned by steer; no lock.
+	preferred  int // index of the server that answered last
+	known      map[string]*knownEntry
+	bundle     *fetchedBundle
+	federated  map[spiffeid.TrustDomain]*fetchedBundle
+	held       map[string]*held // by entry ID
+	retries    map[string]*retry
+	batch      int  // CSRs to send at once
+	dirty      bool // known has what snap has not
+	renewAt    time.Time
+	renewRetry *retry
+	nextSync   time.Time
+	warned     map[string]string // malformed things already logged, and how
+
+	mu         sync.Mutex // guards the fields below
+	id         *identity  // replaced, never changed; nil before the first key
+	link       *link
+	demand     map[string]bool // entry IDs that workloads wait for
+	syncNow    bool
+	address    string // of the server in use
+	lastSync   time.Time
+	lastErr    error
+	renewErr   error
+	revoked    string // why everything was dropped; empty if it was not
+	hintLogged map[string]bool
+}
+
+// New checks the configuration and reads the identity in DataDir. It starts
+// nothing. An identity file that cannot be used is set aside if there is
+// another way to enrol, and is an error otherwise.
+func New(cfg Config) (*Agent, error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.SyncInterval == 0 {
+		cfg.SyncInterval = 5 * time.Second
+	}
+	if cfg.KeyType == "" {
+		cfg.KeyType = "ec-p256"
+	}
+	if err := check(cfg); err != nil {
+		return nil, fmt.Errorf("agent: %w", err)
+	}
+	a := &Agent{
+		cfg:        cfg,
+		anchor:     anchor(cfg),
+		path:       filepath.Join(cfg.DataDir, "identity.json"),
+		log:        cfg.Log,
+		startedAt:  now(),
+		prefetch:   maxPrefetch,
+		ready:      make(chan struct{}),
+		kick:       make(chan struct{}, 1),
+		jwts:       newJWTCache(maxJWTs),
+		known:      map[string]*knownEntry{},
+		federated:  map[spiffeid.TrustDomain]*fetchedBundle{},
+		held:       map[string]*held{},
+		retries:    map[string]*retry{},
+		batch:      maxBatch,
+		renewRetry: newRetry(),
+		warned:     map[string]string{},
+		demand:     map[string]bool{},
+		hintLogged: map[string]bool{},
+	}
+	a.makeKey = func(context.Context) (crypto.Signer, error) { return newKey(cfg.KeyType) }
+	a.snap.Store(&snapshot{changed: make(chan struct{})})
+	if err := a.open(); err != nil {
+		return nil, fmt.Errorf("agent: %w", err)
+	}
+	return a, nil
+}
+
+func check(cfg Config) error {
+	switch {
+	case cfg.TrustDomain.IsZero():
+		return errors.New("the trust domain is missing")
+	case len(cfg.ServerAddresses) == 0:
+		return errors.New("the address of the server is missing")
+	case !filepath.IsAbs(cfg.DataDir):
+		return fmt.Errorf("data folder %q: an absolute path is wanted", cfg.DataDir)
+	case cfg.Pin != "" && len(cfg.TrustBundle) > 0:
+		return errors.New("a pin and a trust bundle are given; only one of them can be")
+	case cfg.SyncInterval < 0:
+		return fmt.Errorf("sync interval %s is negative", cfg.SyncInterval)
+	case !validKeyType(cfg.KeyType):
+		return fmt.Errorf("key type %q: want ec-p256, ec-p384, rsa-2048 or rsa-4096", cfg.KeyType)
+	}
+	for _, addr := range cfg.ServerAddresses {
+		if host, port, err := net.SplitHostPort(addr); err != nil || host == "" || port == "" {
+			return fmt.Errorf("server address %q: want HOST:PORT", addr)
+		}
+	}
+	if cfg.Pin != "" {
+		b64, ok := strings.CutPrefix(cfg.Pin, "sha256:")
+		raw, err := base64.RawURLEncoding.Strict().DecodeString(b64)
+		if !ok || err != nil || len(raw) != sha256.Size {
+			return fmt.Errorf("pin %q: want sha256: and 43 characters of base64url", cfg.Pin)
+		}
+	}
+	return nil
+}
+
+// anchor names what the server is verified by at first.
+func anchor(cfg Config) string {
+	if cfg.Pin != "" || len(cfg.TrustBundle) == 0 {
+		return cfg.Pin
+	}
+	h := sha256.New()
+	for _, root := range cfg.TrustBundle {
+		h.Write(root.Raw)
+	}
+	return "bundle:" + base64.RawURLEncoding.EncodeToString(h.Sum(nil))
+}
+
+// open reads the stored identity.
+func (a *Agent) open() error {
+	if err := durable.MkdirAll(a.cfg.DataDir, 0o700); err != nil {
+		return err
+	}
+	info, err := os.Stat(a.cfg.DataDir)
+	if err != nil {
+		return err
+	}
+	if info.Mode()&0o022 != 0 {
+		return fmt.Errorf("data folder %q has mode %#o: others could put an identity there; chmod 0700 it", a.cfg.DataDir, info.Mode().Perm())
+	}
+	id, err := loadIdentity(a.path, a.cfg.TrustDomain)
+	var exposed *exposedError
+	switch {
+	case err == nil:
+		a.id = id
+	case errors.Is(err, fs.ErrNotExist):
+	case errors.As(err, &exposed):
+		return err
+	case a.cfg.Prover == nil:
+		return fmt.Errorf("%w; join again: `spiffed token create` on the server, then `spiffed join` here", err)
+	default:
+		aside, merr := setAside(a.path)
+		if merr != nil {
+			return errors.Join(err, merr)
+		}
+		a.log.Warn("set the stored identity aside, enrolling anew", "err", err, "path", aside)
+	}
+	enrolled := a.id != nil && len(a.id.chain) > 0
+	switch {
+	case !enrolled && a.cfg.Prover == nil:
+		return fmt.Errorf("there is no identity in %q and no join token: `spiffed token create` on the server, then `spiffed join` here", a.cfg.DataDir)
+	case !enrolled && a.anchor == "":
+		return errors.New("there is neither a pin nor a trust bundle to verify the server by")
+	}
+	if enrolled {
+		a.renewAt = renewalTime(a.id.obtainedAt, expiry(a.id.chain))
+		a.bundle = &fetchedBundle{bundle: a.id.bundle}
+	}
+	return nil
+}
+
+// Run does the agent's work until ctx ends, and then returns nil. That the
+// server is away or refuses is no reason to return: it is said in the log and
+// by GetStatus, and tried again.
+func (a *Agent) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { a.steer(ctx); return nil })
+	g.Go(func() error { a.watchExpiry(ctx); return nil })
+	return g.Wait()
+}
+
+// Ready is closed after the first complete synchronisation.
+func (a *Agent) Ready() <-chan struct{} { return a.ready }
+
+// AgentID is the node's SPIFFE ID, or zero before it has enrolled.
+func (a *Agent) AgentID() spiffeid.ID {
+	if id := a.identity(); id != nil {
+		return id.agentID
+	}
+	return spiffeid.ID{}
+}
+
+func (a *Agent) identity() *identity {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.id
+}
+
+// setIdentity writes id to the disk and uses it from then on.
+func (a *Agent) setIdentity(id *identity) error {
+	if err := id.save(a.path); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.id = id
+	return nil
+}
+
+// steer talks to the server, one thing after the other.
+func (a *Agent) steer(ctx context.Context) {
+	defer a.hangUp()
+	failing, refused := newRetry(), newRetry()
+	refused.delay = refusedDelay
+	for ctx.Err() == nil {
+		err := a.step(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		a.note(err)
+		if err == nil {
+			failing.reset()
+			refused.delay = refusedDelay
+			a.wait(ctx, a.nextStep(), true)
+			continue
+		}
+		r := failing
+		if isRefusal(err) {
+			r = refused
+		}
+		a.wait(ctx, now().Add(r.next()), false)
+	}
+}
+
+// step brings everything up to date once.
+func (a *Agent) step(ctx context.Context) error {
+	if !a.identity().usable(now()) {
+		if err := a.enrol(ctx); err != nil {
+			return a.judge(err, noReason)
+		}
+	}
+	err := a.renewIfDue(ctx)
+	if err == nil {
+		err = a.refresh(ctx)
+	}
+	reason := reasonOf(err)
+	switch {
+	case err == nil:
+		return nil
+	case reason == banned:
+		return a.judge(err, reason)
+	case reason != noReason, isCertificateRefused(err), isUntrusted(err) && a.anchorIsNew():
+		// The server does not take this identity (or it is another server,
+		// and the operator has said so by a new pin): prove it again.
+		if aerr := a.enrol(ctx); aerr != nil {
+			a.judge(aerr, reason)
+			return fmt.Errorf("%w; attesting again: %w", err, aerr)
+		}
+		return a.judge(a.refresh(ctx), noReason)
+	}
+	return err
+}
+
+// refresh synchronises if it is time to, and signs what is due.
+func (a *Agent) refresh(ctx context.Context) error {
+	return a.inTurn(ctx, func(l *link) error {
+		var err error
+		if !now().Before(a.nextSync) || a.takeSyncNow() {
+			if err = a.sync(ctx, l); isAway(err) || reasonOf(err) != noReason {
+				return err
+			}
+		}
+		// A server that cannot list entries may still sign.
+		if serr := a.sign(ctx, l); err == nil {
+			err = serr
+		}
+		if err == nil {
+			a.clearRevoked()
+			a.readyOnce.Do(func() {
+				a.log.Info("ready", "agent_id", a.AgentID(), "entries", len(a.snap.Load().entries))
+				close(a.ready)
+			})
+		}
+		return err
+	})
+}
+
+// judge drops everything if err says that this node is out.
+func (a *Agent) judge(err error, was reason) error {
+	switch {
+	case err == nil:
+	case reasonOf(err) == banned:
+		a.revoke("the server has banned this agent: see `spiffed node list` there; all SVIDs were dropped")
+	case was == notAttested && !isAway(err):
+		// Evicted, and not let in again.
+		a.revoke("the server does not know this agent (any more) and does not let it in again: `spiffed token create` on the server, then `spiffed join` here; all SVIDs were dropped")
+	}
+	return err
+}
+
+// revoke drops all that was issued. The node's own key stays: should the
+// server change its mind, the agent comes back by itself.
+func (a *Agent) revoke(why string) {
+	a.mu.Lock()
+	first := a.revoked == ""
+	a.revoked = why
+	a.mu.Unlock()
+	clear(a.known)
+	clear(a.held)
+	clear(a.retries)
+	clear(a.federated)
+	a.jwts.clear()
+	a.nextSync = time.Time{}
+	if first {
+		a.log.Error("revoked", "type", "audit", "agent_id", a.AgentID(), "reason", why)
+		a.publish()
+	}
+}
+
+func (a *Agent) clearRevoked() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.revoked = ""
+}
+
+func (a *Agent) takeSyncNow() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	was := a.syncNow
+	a.syncNow = false
+	return was
+}
+
+// nextStep is when there is something to do next.
+func (a *Agent) nextStep() time.Time {
+	at := a.nextSync
+	_, due := a.plan(now())
+	for _, t := range []time.Time{due, a.nextRenewal()} {
+		if !t.IsZero() && t.Before(at) {
+			at = t
+		}
+	}
+	// Not for every SVID of a thousand on its own.
+	if soon := now().Add(minStep); at.Before(soon) {
+		at = soon
+	}
+	return at
+}
+
+// wait returns at the wall time until, or earlier if ctx ends or, with kicks,
+// a workload asks for something. Timers stop while a machine sleeps, so the
+// clock is looked at again every 10 s.
+func (a *Agent) wait(ctx context.Context, until time.Time, kicks bool) {
+	kick := a.kick
+	if !kicks {
+		kick = nil // the server is away: asking more often helps nobody
+	}
+	for {
+		d := until.Sub(now())
+		if d <= 0 {
+			return
+		}
+		timer := time.NewTimer(min(d, lookAgain))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-kick:
+			timer.Stop()
+			until, kick = now().Add(gather), nil
+		case <-timer.C:
+		}
+	}
+}
+
+const (
+	maxPrefetch  = 1000
+	maxBatch     = 500 // CSRs in one call; SPIRE's rate limit is the same
+	maxJWTs      = 1000
+	lookAgain    = 10 * time.Second
+	minStep      = 200 * time.Millisecond
+	gather       = 10 * time.Millisecond // after a kick, so that a crowd is served together
+	firstDelay   = time.Second
+	refusedDelay = 5 * time.Second
+	longestDelay = time.Minute
+)
+
+// retry is an exponential, capped back-off with full jitter.
+type retry struct {
+	delay time.Duration
+	at    time.Time // for those who keep it: not before
+}
+
+func newRetry() *retry { return &retry{delay: firstDelay} }
+
+func (r *retry) next() time.Duration {
+	d := r.delay
+	r.delay = min(2*r.delay, longestDelay)
+	return 50*time.Millisecond + rand.N(d)
+}
+
+func (r *retry) reset() { *r = retry{delay: firstDelay} }
+
+// now is the wall time alone: what expires does so by the wall clock, and the
+// monotonic one stops while a machine sleeps.
+func now() time.Time { return time.Now().Round(0) }

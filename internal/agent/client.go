@@ -1,0 +1,304 @@
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+
+	"github.com/spiffed/spiffed/internal/registry"
+)
+
+const (
+	callTimeout    = 30 * time.Second
+	attestTimeout  = 90 * time.Second // a TPM may be slow
+	connectTimeout = 10 * time.Second
+	maxMessage     = 4 << 20
+	maxAllEntries  = 32 << 20 // GetAuthorizedEntries has no pages
+	maxFirstBundle = 1 << 20  // from a server that is not verified yet
+)
+
+// link is a connection to one server, with one identity.
+type link struct {
+	conn      *grpc.ClientConn
+	addr      string
+	leaf      *x509.Certificate     // of the identity shown; nil: none
+	untrusted atomic.Pointer[error] // why the last handshake was refused by us
+	greeted   bool                  // PostStatus was called
+	noSync    bool                  // the server does not know SyncAuthorizedEntries
+
+	agent  agentv1.AgentClient
+	bundle bundlev1.BundleClient
+	entry  entryv1.EntryClient
+	svid   svidv1.SVIDClient
+}
+
+// dial makes a connection on which verify judges the server. Nothing is sent
+// before it has.
+func (a *Agent) dial(addr string, client *tls.Certificate, verify func(tls.ConnectionState) error) (*link, error) {
+	l := &link{addr: addr}
+	cfg := &tls.Config{
+		MinVersion: tls.VersionTLS12,
+		// The server is known by its SPIFFE ID, not by its host name:
+		// VerifyConnection does it all, on every handshake.
+		InsecureSkipVerify:     true,
+		SessionTicketsDisabled: true,
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			err := verify(cs)
+			if err == nil {
+				l.untrusted.Store(nil)
+				return nil
+			}
+			l.untrusted.Store(&err)
+			return err
+		},
+	}
+	if client != nil {
+		l.leaf = client.Leaf
+		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return client, nil }
+	}
+	opts := []grpc.DialOption{
+		grpc.WithTransportCredentials(credentials.NewTLS(cfg)),
+		grpc.WithDisableServiceConfig(),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: time.Second, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 5 * time.Second},
+			MinConnectTimeout: connectTimeout,
+		}),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: callTimeout, Timeout: connectTimeout}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+	}
+	if a.dialer != nil {
+		opts = append(opts, grpc.WithContextDialer(a.dialer))
+	}
+	conn, err := grpc.NewClient("passthrough:///"+addr, opts...)
+	if err != nil {
+		return nil, fmt.Errorf("connecting to the server %q: %w", addr, err)
+	}
+	l.conn = conn
+	l.agent = agentv1.NewAgentClient(conn)
+	l.bundle = bundlev1.NewBundleClient(conn)
+	l.entry = entryv1.NewEntryClient(conn)
+	l.svid = svidv1.NewSVIDClient(conn)
+	return l, nil
+}
+
+func (l *link) close() { l.conn.Close() }
+
+// failed puts into words why a call failed.
+func (l *link) failed(doing string, err error) error {
+	if status.Code(err) == codes.Unavailable {
+		if why := l.untrusted.Load(); why != nil {
+			return &untrustedError{fmt.Errorf("%s: server %q: %w", doing, l.addr, *why)}
+		}
+		if isCertificateRefused(err) {
+			return fmt.Errorf("%s: server %q refused this agent's certificate (it may have expired by the server's clock): %w", doing, l.addr, err)
+		}
+	}
+	return fmt.Errorf("%s: server %q: %w", doing, l.addr, err)
+}
+
+// verifyServer returns the check of a server by the roots of its trust domain:
+// X509-SVID §5, and exactly the ID of a server.
+func (a *Agent) verifyServer(roots []*x509.Certificate) func(tls.ConnectionState) error {
+	return func(cs tls.ConnectionState) error {
+		return checkServer(cs.PeerCertificates, a.cfg.TrustDomain, roots)
+	}
+}
+
+// verifyNothing is for the one call that asks a server who it is.
+func (a *Agent) verifyNothing(tls.ConnectionState) error { return nil }
+
+func checkServer(chain []*x509.Certificate, td spiffeid.TrustDomain, roots []*x509.Certificate) error {
+	if err := checkServerID(chain, td); err != nil {
+		return err
+	}
+	at := now()
+	_, _, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(at))
+	var unknown x509.UnknownAuthorityError
+	switch hint := clockHint(chain, at); {
+	case err == nil:
+		return nil
+	case hint != "":
+		return fmt.Errorf("its certificate does not verify: %w%s", err, hint)
+	case errors.As(err, &unknown):
+		return fmt.Errorf("its certificate is by an authority that this agent does not know: %w (a wrong server or somebody in between; or its root was replaced while this agent was away, then join again: `spiffed token create` there, `spiffed join` here)", err)
+	default:
+		return fmt.Errorf("its certificate does not verify: %w", err)
+	}
+}
+
+// checkServerID checks who the server says it is.
+func checkServerID(chain []*x509.Certificate, td spiffeid.TrustDomain) error {
+	if len(chain) == 0 {
+		return errors.New("it showed no certificate")
+	}
+	id, err := x509svid.IDFromCert(chain[0])
+	switch {
+	case err != nil:
+		return fmt.Errorf("its certificate is not an X509-SVID, so this is not a SPIFFE server: %w", err)
+	case !id.MemberOf(td):
+		return fmt.Errorf("it is of the trust domain %q, but this agent is set up for %q: one of the address, the trust domain and the join string is wrong", id.TrustDomain(), td)
+	case id != registry.ServerID(td):
+		return fmt.Errorf("it is %q, not the server %q", id, registry.ServerID(td))
+	}
+	return nil
+}
+
+// untrustedError says that the server did not prove what it must.
+type untrustedError struct{ err error }
+
+func (e *untrustedError) Error() string { return e.err.Error() }
+func (e *untrustedError) Unwrap() error { return e.err }
+
+func isUntrusted(err error) bool {
+	var u *untrustedError
+	return errors.As(err, &u)
+}
+
+// isAway says whether err is about reaching a server, so that another one may
+// do better and nothing was decided.
+func isAway(err error) bool {
+	if err == nil {
+		return false
+	}
+	if isUntrusted(err) {
+		return true
+	}
+	switch status.Code(err) {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+		return true
+	}
+	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
+}
+
+// isCertificateRefused recognises a TLS alert, which is all that a server says
+// about a client certificate that it does not take.
+func isCertificateRefused(err error) bool {
+	return err != nil && strings.Contains(err.Error(), "remote error: tls:")
+}
+
+// isRefusal says whether asking again soon is pointless.
+func isRefusal(err error) bool {
+	switch status.Code(err) {
+	case codes.PermissionDenied, codes.InvalidArgument, codes.Unauthenticated, codes.FailedPrecondition:
+		return true
+	}
+	return isUntrusted(err) || errors.Is(err, errNoProver)
+}
+
+// reason is why a server says that an agent has no permission.
+type reason = types.PermissionDeniedDetails_Reason
+
+const (
+	noReason    = types.PermissionDeniedDetails_UNKNOWN
+	notAttested = types.PermissionDeniedDetails_AGENT_NOT_ATTESTED
+	banned      = types.PermissionDeniedDetails_AGENT_BANNED
+	mustProve   = types.PermissionDeniedDetails_AGENT_MUST_REATTEST
+)
+
+func reasonOf(err error) reason {
+	if err == nil || status.Code(err) != codes.PermissionDenied {
+		return noReason
+	}
+	for _, detail := range status.Convert(err).Details() {
+		if d, ok := detail.(*types.PermissionDeniedDetails); ok {
+			return d.Reason
+		}
+	}
+	return noReason
+}
+
+// inTurn calls try with a connection to one server after the other, the last
+// good one first, until one decides something.
+func (a *Agent) inTurn(ctx context.Context, try func(*link) error) error {
+	return a.eachServer(ctx, func(addr string) error {
+		l, err := a.connect(addr)
+		if err != nil {
+			return err
+		}
+		if err = try(l); isAway(err) {
+			a.hangUp()
+		}
+		return err
+	})
+}
+
+func (a *Agent) eachServer(ctx context.Context, try func(addr string) error) error {
+	var all error
+	first := a.preferred
+	for i := range a.cfg.ServerAddresses {
+		n := (first + i) % len(a.cfg.ServerAddresses)
+		err := try(a.cfg.ServerAddresses[n])
+		if !isAway(err) {
+			a.preferred = n
+			return err
+		}
+		if all == nil {
+			all = err
+		} else {
+			all = fmt.Errorf("%w; %w", all, err)
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return all
+}
+
+// connect returns the connection to addr with the identity of now; the one in
+// use if that is it.
+func (a *Agent) connect(addr string) (*link, error) {
+	id := a.identity()
+	if l := a.linkInUse(); l != nil && l.addr == addr && l.leaf == id.chain[0] {
+		return l, nil
+	}
+	a.hangUp()
+	cert := &tls.Certificate{Certificate: rawChain(id.chain), PrivateKey: id.key, Leaf: id.chain[0]}
+	l, err := a.dial(addr, cert, func(cs tls.ConnectionState) error {
+		// The roots of this moment: a connection may outlive a root.
+		return checkServer(cs.PeerCertificates, a.cfg.TrustDomain, a.identity().bundle.X509Roots())
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.link, a.address = l, addr
+	return l, nil
+}
+
+// linkInUse may be called by anyone; only steer replaces it.
+func (a *Agent) linkInUse() *link {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.link
+}
+
+func (a *Agent) hangUp() {
+	a.mu.Lock()
+	l := a.link
+	a.link = nil
+	a.mu.Unlock()
+	if l != nil {
+		l.close()
+	}
+}

@@ -1,0 +1,199 @@
+package agent
+
+import (
+	"crypto"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/spiffed/spiffed/internal/durable"
+	"github.com/spiffed/spiffed/internal/registry"
+)
+
+// identity is who this node is to the server. It is never changed once made;
+// a new one takes its place.
+type identity struct {
+	trustDomain  spiffeid.TrustDomain
+	anchor       string // what the server was first verified by
+	key          crypto.Signer
+	pendingKey   crypto.Signer // of a renewal whose outcome is not known; or nil
+	agentID      spiffeid.ID   // zero, as all below, until enrolled
+	chain        []*x509.Certificate
+	obtainedAt   time.Time
+	reattestable bool
+	bundle       *registry.Bundle
+}
+
+// usable says whether the identity can be shown to a server.
+func (id *identity) usable(now time.Time) bool {
+	return id != nil && len(id.chain) > 0 && now.Before(expiry(id.chain))
+}
+
+// identityFile is the form on the disk.
+type identityFile struct {
+	Version      int                  `json:"version"`
+	TrustDomain  spiffeid.TrustDomain `json:"trust_domain"`
+	Anchor       string               `json:"anchor,omitempty"`
+	Key          []byte               `json:"key"`                   // PKCS#8
+	PendingKey   []byte               `json:"pending_key,omitempty"` // PKCS#8
+	AgentID      spiffeid.ID          `json:"agent_id,omitzero"`
+	Chain        [][]byte             `json:"chain,omitempty"` // DER
+	ObtainedAt   time.Time            `json:"obtained_at,omitzero"`
+	Reattestable bool                 `json:"reattestable,omitempty"`
+	Bundle       *registry.Bundle     `json:"bundle,omitempty"`
+}
+
+const (
+	identityVersion = 1
+	maxIdentityFile = 8 << 20
+)
+
+// exposedError says that others may have read the key.
+type exposedError struct {
+	path string
+	mode os.FileMode
+}
+
+func (e *exposedError) Error() string {
+	return fmt.Sprintf("identity file %q has mode %#o, so others may have its key: evict this node on the server, remove the file and join again (or, if you are sure that nobody read it, chmod 0600 it)", e.path, e.mode)
+}
+
+// loadIdentity reads the identity file. The error is fs.ErrNotExist if there
+// is none and an *exposedError if it could be read by others.
+func loadIdentity(path string, td spiffeid.TrustDomain) (*identity, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, fmt.Errorf("reading the stored identity: %w", err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("reading the stored identity: %w", err)
+	case !info.Mode().IsRegular():
+		return nil, fmt.Errorf("reading the stored identity: %q is not a file", path)
+	case info.Mode()&0o077 != 0:
+		return nil, &exposedError{path, info.Mode().Perm()}
+	}
+	data, err := io.ReadAll(io.LimitReader(f, maxIdentityFile+1))
+	if err == nil && len(data) > maxIdentityFile {
+		err = fmt.Errorf("larger than %d bytes", maxIdentityFile)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading the stored identity %q: %w", path, err)
+	}
+	id, err := parseIdentity(data)
+	if err != nil {
+		return nil, fmt.Errorf("reading the stored identity %q: %w", path, err)
+	}
+	if id.trustDomain != td {
+		return nil, fmt.Errorf("the stored identity %q is of the trust domain %q, not %q", path, id.trustDomain, td)
+	}
+	return id, nil
+}
+
+func parseIdentity(data []byte) (*identity, error) {
+	var f identityFile
+	if err := json.Unmarshal(data, &f); err != nil {
+		return nil, err
+	}
+	if f.Version != identityVersion {
+		return nil, fmt.Errorf("version %d, this program reads %d", f.Version, identityVersion)
+	}
+	if f.TrustDomain.IsZero() {
+		return nil, errors.New("the trust domain is missing")
+	}
+	id := &identity{
+		trustDomain:  f.TrustDomain,
+		anchor:       f.Anchor,
+		agentID:      f.AgentID,
+		obtainedAt:   f.ObtainedAt,
+		reattestable: f.Reattestable,
+		bundle:       f.Bundle,
+	}
+	var err error
+	if id.key, err = parseKey(f.Key); err != nil {
+		return nil, fmt.Errorf("key: %w", err)
+	}
+	if len(f.PendingKey) > 0 {
+		if id.pendingKey, err = parseKey(f.PendingKey); err != nil {
+			return nil, fmt.Errorf("pending key: %w", err)
+		}
+	}
+	if len(f.Chain) == 0 {
+		return id, nil
+	}
+	if id.chain, err = parseChain(f.Chain); err != nil {
+		return nil, err
+	}
+	leafID, err := x509svid.IDFromCert(id.chain[0])
+	switch {
+	case err != nil:
+		return nil, err
+	case leafID != id.agentID || !leafID.MemberOf(id.trustDomain):
+		return nil, fmt.Errorf("the certificate is for %q, not for the agent %q of %q", leafID, id.agentID, id.trustDomain)
+	case !sameKey(id.chain[0].PublicKey, id.key):
+		return nil, errors.New("the certificate is for another key")
+	case id.bundle == nil || id.bundle.TrustDomain != id.trustDomain || len(id.bundle.X509Authorities) == 0:
+		return nil, errors.New("the bundle is missing")
+	}
+	return id, nil
+}
+
+// save writes the identity so that it is on the disk on return.
+func (id *identity) save(path string) error {
+	f := identityFile{
+		Version:      identityVersion,
+		TrustDomain:  id.trustDomain,
+		Anchor:       id.anchor,
+		AgentID:      id.agentID,
+		Chain:        rawChain(id.chain),
+		ObtainedAt:   id.obtainedAt,
+		Reattestable: id.reattestable,
+		Bundle:       id.bundle,
+	}
+	var err error
+	if f.Key, err = x509.MarshalPKCS8PrivateKey(id.key); err != nil {
+		return fmt.Errorf("storing the identity: %w", err)
+	}
+	if id.pendingKey != nil {
+		if f.PendingKey, err = x509.MarshalPKCS8PrivateKey(id.pendingKey); err != nil {
+			return fmt.Errorf("storing the identity: %w", err)
+		}
+	}
+	data, err := json.Marshal(f)
+	if err != nil {
+		return fmt.Errorf("storing the identity: %w", err)
+	}
+	if err := durable.WriteFile(path, data, 0o600); err != nil {
+		return fmt.Errorf("storing the identity: %w", err)
+	}
+	return nil
+}
+
+// setAside renames a file that cannot be used, so that nothing is lost, and
+// returns the new name.
+func setAside(path string) (string, error) {
+	aside := path + ".unusable-" + now().UTC().Format("20060102T150405")
+	return aside, durable.Rename(path, aside)
+}
+
+func parseKey(der []byte) (crypto.Signer, error) {
+	key, err := x509.ParsePKCS8PrivateKey(der)
+	if err != nil {
+		return nil, err
+	}
+	signer, ok := key.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("%T cannot sign", key)
+	}
+	return signer, nil
+}

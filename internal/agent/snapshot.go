@@ -1,0 +1,211 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/spiffed/spiffed/internal/registry"
+)
+
+// snapshot is all that is served at one moment. It is never changed, only
+// replaced as a whole, so that entries, SVIDs and bundles always fit together.
+type snapshot struct {
+	bundle    *registry.Bundle // nil: nothing to serve from yet
+	federated map[spiffeid.TrustDomain]*registry.Bundle
+	entries   []*registry.Entry // ordered by ID
+	matcher   *registry.Matcher
+	held      map[string]*held // by entry ID
+	changed   chan struct{}    // closed when this is replaced
+}
+
+// publish makes a snapshot of the state that steer owns and serves it.
+func (a *Agent) publish() {
+	a.dirty = false
+	old := a.snap.Load()
+	next := &snapshot{
+		federated: make(map[spiffeid.TrustDomain]*registry.Bundle, len(a.federated)),
+		held:      make(map[string]*held, len(a.held)),
+	}
+	if a.bundle != nil {
+		next.bundle = a.bundle.bundle
+	}
+	for td, b := range a.federated {
+		next.federated[td] = b.bundle
+	}
+	for _, k := range a.known {
+		// SVIDs of the others are for stores, not for workloads.
+		if k.entry != nil && !k.entry.StoreSVID {
+			next.entries = append(next.entries, k.entry)
+		}
+	}
+	slices.SortFunc(next.entries, func(x, y *registry.Entry) int { return cmp.Compare(x.ID, y.ID) })
+	maps.Copy(next.held, a.held)
+	if slices.Equal(old.entries, next.entries) && old.matcher != nil {
+		next.matcher = old.matcher
+	} else {
+		next.matcher = registry.NewMatcher(next.entries)
+	}
+	a.serve(nil, next)
+}
+
+// serve replaces the snapshot; unless instead is nil, only if it is that one.
+func (a *Agent) serve(instead, next *snapshot) {
+	a.publishMu.Lock()
+	defer a.publishMu.Unlock()
+	old := a.snap.Load()
+	if instead != nil && old != instead {
+		return
+	}
+	next.changed = make(chan struct{})
+	a.snap.Store(next)
+	close(old.changed)
+}
+
+// watchExpiry tells the outlets when something that is served has come to its
+// end. It is not part of steer, which may be waiting for a server.
+func (a *Agent) watchExpiry(ctx context.Context) {
+	for ctx.Err() == nil {
+		s := a.snap.Load()
+		at := now()
+		next := *s
+		next.held = map[string]*held{}
+		var end time.Time // the next one
+		ends := func(t time.Time) {
+			if end.IsZero() || t.Before(end) {
+				end = t
+			}
+		}
+		for id, h := range s.held {
+			if at.Before(h.expires) {
+				next.held[id] = h
+				ends(h.expires)
+			}
+		}
+		next.entries = slices.DeleteFunc(slices.Clone(s.entries), func(e *registry.Entry) bool {
+			if !e.ExpiresAt.IsZero() && !e.Expired(at) {
+				ends(e.ExpiresAt)
+			}
+			return e.Expired(at)
+		})
+		if len(next.held) < len(s.held) || len(next.entries) < len(s.entries) {
+			if len(next.entries) < len(s.entries) {
+				next.matcher = registry.NewMatcher(next.entries)
+			}
+			a.serve(s, &next)
+			continue
+		}
+		wait := lookAgain // the wall clock may jump
+		if !end.IsZero() {
+			wait = min(wait, max(end.Sub(at), time.Millisecond))
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+		case <-s.changed:
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// Wants implements registry.Source.
+func (a *Agent) Wants(kind string) bool {
+	s := a.snap.Load()
+	return s.matcher != nil && s.matcher.Wants(kind)
+}
+
+// Current implements registry.Source.
+func (a *Agent) Current(selectors []registry.Selector) (*registry.Update, <-chan struct{}, error) {
+	s := a.snap.Load()
+	if s.bundle == nil {
+		return nil, s.changed, registry.ErrNotReady
+	}
+	at := now()
+	entries := a.match(s, selectors, at)
+	update := &registry.Update{Bundle: s.bundle}
+	var missing []string
+	seen := map[spiffeid.TrustDomain]bool{}
+	for _, e := range entries {
+		h := s.held[e.ID]
+		if h == nil || !at.Before(h.expires) {
+			missing = append(missing, e.ID)
+			continue
+		}
+		if !h.used.Load() {
+			h.used.Store(true)
+		}
+		update.Identities = append(update.Identities, registry.Identity{Entry: e, SVID: h.svid})
+		for _, td := range e.FederatesWith {
+			if b := s.federated[td]; b != nil && !seen[td] {
+				seen[td] = true
+				update.Federated = append(update.Federated, b)
+			}
+		}
+	}
+	if len(missing) > 0 {
+		a.ask(missing)
+		if len(update.Identities) == 0 {
+			return nil, s.changed, registry.ErrNotReady
+		}
+	}
+	slices.SortFunc(update.Federated, func(x, y *registry.Bundle) int { return x.TrustDomain.Compare(y.TrustDomain) })
+	return update, s.changed, nil
+}
+
+// match returns the entries of a process, oldest first. Of those with the same
+// hint only the oldest counts (Workload API §5.2.1: hints are unique).
+func (a *Agent) match(s *snapshot, selectors []registry.Selector, at time.Time) []*registry.Entry {
+	entries := s.matcher.Match(selectors)
+	hints := map[string]*registry.Entry{}
+	return slices.DeleteFunc(entries, func(e *registry.Entry) bool {
+		if e.Expired(at) {
+			return true
+		}
+		if e.Hint == "" {
+			return false
+		}
+		if first := hints[e.Hint]; first != nil {
+			a.logHint(first, e)
+			return true
+		}
+		hints[e.Hint] = e
+		return false
+	})
+}
+
+func (a *Agent) logHint(kept, dropped *registry.Entry) {
+	a.mu.Lock()
+	key := kept.ID + " " + dropped.ID
+	logged := a.hintLogged[key]
+	if len(a.hintLogged) > 10_000 {
+		clear(a.hintLogged)
+	}
+	a.hintLogged[key] = true
+	a.mu.Unlock()
+	if !logged {
+		a.log.Warn("two entries for the same workload have the same hint; only the older is served",
+			"entry_id", dropped.ID, "spiffe_id", dropped.SPIFFEID, "kept_entry_id", kept.ID, "hint", dropped.Hint)
+	}
+}
+
+// ask tells steer that workloads wait for the SVIDs of these entries.
+func (a *Agent) ask(entryIDs []string) {
+	a.mu.Lock()
+	for _, id := range entryIDs {
+		a.demand[id] = true
+	}
+	a.mu.Unlock()
+	a.wake()
+}
+
+func (a *Agent) wake() {
+	select {
+	case a.kick <- struct{}{}:
+	default:
+	}
+}
