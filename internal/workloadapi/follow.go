@@ -1,0 +1,124 @@
+package workloadapi
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/spiffed/spiffed/internal/registry"
+)
+
+var (
+	errNoIdentity = status.Error(codes.PermissionDenied, "no identity issued")
+	errNotReady   = status.Error(codes.Unavailable, "the agent is not ready yet")
+)
+
+// follow sends the caller what build makes of his identities: at once, and
+// again in full whenever that has changed (Workload API §4.3). It ends the
+// stream with PermissionDenied when there are no identities (any more), which is
+// the only way to take them back (§5.2.1).
+func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update) (proto.Message, error)) error {
+	ctx := stream.Context()
+	c, err := e.attest(ctx)
+	if err != nil {
+		return err
+	}
+	ended := c.Done()
+	patience := time.NewTimer(signingTimeout)
+	defer patience.Stop()
+	var (
+		last *registry.Update
+		sent proto.Message
+	)
+	for {
+		update, changed, err := e.source.Current(c.selectors)
+		if e.outdated(c) {
+			// After Current, so that an entry seen there was seen here.
+			if again, err := e.attest(ctx); err == nil {
+				c = again
+				continue
+			}
+		}
+		switch {
+		case errors.Is(err, registry.ErrNotReady) && changed != nil:
+			// The caller's SVID is on its way, or the one he has is the
+			// last for now: there is nothing to tell.
+		case err != nil:
+			return e.sourceError(ctx, err)
+		case len(update.Identities) == 0:
+			return errNoIdentity
+		case last == nil || !same(last, update):
+			msg, err := build(update)
+			if err != nil {
+				return err
+			}
+			last = update
+			if sent == nil || !proto.Equal(sent, msg) {
+				if err := c.Alive(); err != nil {
+					return status.Error(codes.Unavailable, err.Error())
+				}
+				if err := stream.SendMsg(msg); err != nil {
+					return err
+				}
+				sent = msg
+				patience.Stop()
+			}
+		}
+		select {
+		case <-changed:
+		case <-patience.C:
+			return errNotReady
+		case <-ended:
+			return status.Error(codes.Unavailable, "the calling process has ended")
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		}
+	}
+}
+
+// current is what follow shows first, for the RPCs that are not streams.
+func (e *endpoint) current(ctx context.Context, c *caller) (*registry.Update, error) {
+	ctx, cancel := context.WithTimeout(ctx, signingTimeout)
+	defer cancel()
+	for {
+		update, changed, err := e.source.Current(c.selectors)
+		switch {
+		case err == nil:
+			return update, nil
+		case !errors.Is(err, registry.ErrNotReady) || changed == nil:
+			return nil, e.sourceError(ctx, err)
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, errNotReady
+		}
+	}
+}
+
+// sourceError is the answer to the caller when the agent has none. Nothing of it
+// is final for clients but InvalidArgument.
+func (e *endpoint) sourceError(ctx context.Context, err error) error {
+	switch {
+	case errors.Is(err, registry.ErrNotEntitled):
+		return errNoIdentity
+	case errors.Is(err, registry.ErrInvalid):
+		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, registry.ErrNotReady), ctx.Err() != nil:
+		return errNotReady
+	}
+	e.log.Error("the agent could not answer a caller", "err", err)
+	return status.Error(codes.Unavailable, "the agent cannot answer at the moment")
+}
+
+// same says cheaply whether two updates are alike: what they point to is never
+// changed.
+func same(a, b *registry.Update) bool {
+	return a.Bundle == b.Bundle && slices.Equal(a.Federated, b.Federated) && slices.Equal(a.Identities, b.Identities)
+}

@@ -1,0 +1,160 @@
+package workloadapi
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/rsa"
+	"encoding/json"
+	"slices"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	"github.com/spiffed/spiffed/internal/registry"
+)
+
+// Limits of an audience, so that the token it becomes part of stays small.
+const (
+	maxAudiences    = 64
+	maxAudienceSize = 4096 // bytes, of all together
+)
+
+// FetchJWTSVID implements Workload API §6.2.1.
+func (e *endpoint) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDRequest) (*workloadpb.JWTSVIDResponse, error) {
+	c, err := e.attest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	size := 0
+	for _, a := range req.Audience {
+		size += len(a)
+	}
+	switch {
+	case len(req.Audience) == 0 || slices.Contains(req.Audience, ""): // §4.5
+		return nil, status.Error(codes.InvalidArgument, "audience must be specified, and not be empty")
+	case len(req.Audience) > maxAudiences || size > maxAudienceSize:
+		return nil, status.Errorf(codes.InvalidArgument, "the audience has %d values of %d bytes, at most %d of %d bytes are allowed", len(req.Audience), size, maxAudiences, maxAudienceSize)
+	}
+	var id spiffeid.ID
+	if req.SpiffeId != "" {
+		if id, err = registry.ParseID(req.SpiffeId); err != nil {
+			return nil, status.Error(codes.InvalidArgument, err.Error())
+		}
+	}
+	signing, cancel := context.WithTimeout(ctx, jwtTimeout)
+	defer cancel()
+	svids, err := e.source.JWTSVIDs(signing, c.selectors, req.Audience, id)
+	if err != nil {
+		return nil, e.sourceError(signing, err)
+	}
+	m := &workloadpb.JWTSVIDResponse{}
+	hints := map[string]bool{}
+	for _, svid := range svids {
+		if svid.Hint != "" && hints[svid.Hint] { // §6.2.1: unique
+			e.log.Error("left out a JWT-SVID: its hint is taken", "spiffe_id", svid.ID)
+			continue
+		}
+		hints[svid.Hint] = true
+		m.Svids = append(m.Svids, &workloadpb.JWTSVID{SpiffeId: svid.ID.String(), Svid: svid.Token, Hint: svid.Hint})
+	}
+	if len(m.Svids) == 0 {
+		return nil, errNoIdentity
+	}
+	if err := e.fit(m, nil, spiffeid.TrustDomain{}); err != nil {
+		return nil, err
+	}
+	if err := c.Alive(); err != nil {
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	return m, nil
+}
+
+// FetchJWTBundles implements Workload API §6.2.2.
+func (e *endpoint) FetchJWTBundles(_ *workloadpb.JWTBundlesRequest, stream grpc.ServerStreamingServer[workloadpb.JWTBundlesResponse]) error {
+	return e.follow(stream, func(u *registry.Update) (proto.Message, error) {
+		m := &workloadpb.JWTBundlesResponse{Bundles: map[string][]byte{}}
+		for _, b := range append(slices.Clone(u.Federated), u.Bundle) {
+			jwks, n, err := keySet(b)
+			if err != nil {
+				e.log.Error("left out a JWT bundle", "trust_domain_id", b.TrustDomain, "err", err)
+				continue
+			}
+			if n > 0 || b == u.Bundle {
+				m.Bundles[b.TrustDomain.IDString()] = jwks
+			}
+		}
+		if m.Bundles[u.Bundle.TrustDomain.IDString()] == nil {
+			return nil, errNotReady
+		}
+		return m, e.fit(m, m.Bundles, u.Bundle.TrustDomain)
+	})
+}
+
+// keySet returns the JWK Set of the keys that sign JWT-SVIDs, and their number.
+// The keys have no "use": older validators know "sig" or none.
+func keySet(b *registry.Bundle) (jwks []byte, n int, err error) {
+	set := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{}}
+	for _, a := range b.JWTAuthorities {
+		switch a.PublicKey.(type) {
+		case *ecdsa.PublicKey, *rsa.PublicKey: // JWT-SVID §2.1 has no others
+			if a.KeyID != "" {
+				set.Keys = append(set.Keys, jose.JSONWebKey{Key: a.PublicKey, KeyID: a.KeyID})
+			}
+		}
+	}
+	jwks, err = json.Marshal(set)
+	return jwks, len(set.Keys), err
+}
+
+// ValidateJWTSVID implements Workload API §6.2.3. Any process may ask, whether
+// it has an identity or not. A token that is not valid is InvalidArgument, since
+// asking again is no use.
+func (e *endpoint) ValidateJWTSVID(ctx context.Context, req *workloadpb.ValidateJWTSVIDRequest) (*workloadpb.ValidateJWTSVIDResponse, error) {
+	c, err := e.attest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case req.Audience == "": // §4.5
+		return nil, status.Error(codes.InvalidArgument, "audience must be specified")
+	case req.Svid == "":
+		return nil, status.Error(codes.InvalidArgument, "svid must be specified")
+	}
+	update, err := e.current(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	id, claims, err := validateToken(req.Svid, req.Audience, bundlesOf(update), time.Now().Round(0))
+	if err != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "the token is not valid: %v", err)
+	}
+	fields, err := structpb.NewStruct(claims)
+	if err != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "the token is not valid: claims: %v", err)
+	}
+	if err := c.Alive(); err != nil {
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	return &workloadpb.ValidateJWTSVIDResponse{SpiffeId: id.String(), Claims: fields}, nil
+}
+
+// bundlesOf returns the bundles that the caller may validate with, by trust domain.
+func bundlesOf(u *registry.Update) func(spiffeid.TrustDomain) (*registry.Bundle, bool) {
+	return func(td spiffeid.TrustDomain) (*registry.Bundle, bool) {
+		if td == u.Bundle.TrustDomain {
+			return u.Bundle, true
+		}
+		i := slices.IndexFunc(u.Federated, func(b *registry.Bundle) bool { return b.TrustDomain == td })
+		if i < 0 {
+			return nil, false
+		}
+		return u.Federated[i], true
+	}
+}
