@@ -61,7 +61,7 @@ func (c *CA) create(ctx context.Context) error {
 	if err := c.cfg.Journal.SaveAuthorities(ctx, []*registry.Authority{root, jwt}, nil, bundle); err != nil {
 		return fmt.Errorf("storing the authorities: %w", err)
 	}
-	c.cfg.Log.Info("made a new root", "trust_domain_id", c.td, "authority_id", root.ID, "expires_at", root.ExpiresAt, "type", "audit")
+	c.cfg.Log.Info("made a new root", "trust_domain_id", c.td, "local_authority_id", root.ID, "expires_at", root.ExpiresAt, "type", "audit")
 	return nil
 }
 

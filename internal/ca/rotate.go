@@ -158,13 +158,13 @@ func (c *CA) carryOut(ctx context.Context, plan jwtPlan, records []*registry.Aut
 		return nil, nil, fmt.Errorf("storing the authorities: %w", err)
 	}
 	for _, r := range put {
-		c.cfg.Log.Info("JWT key changed", "authority_id", r.ID, "state", r.State, "expires_at", r.ExpiresAt, "type", "audit")
+		c.cfg.Log.Info("JWT key changed", "local_authority_id", r.ID, "state", r.State, "expires_at", r.ExpiresAt, "type", "audit")
 		if r.State == registry.Active && now.Before(r.CreatedAt.Add(publishHints*c.cfg.RefreshHint)) {
-			c.cfg.Log.Warn("a JWT key signs before others may know it, since the one before has expired", "authority_id", r.ID)
+			c.cfg.Log.Warn("a JWT key signs before others may know it, since the one before has expired", "local_authority_id", r.ID)
 		}
 	}
 	for _, id := range deleted {
-		c.cfg.Log.Info("JWT key left the bundle", "authority_id", id, "type", "audit")
+		c.cfg.Log.Info("JWT key left the bundle", "local_authority_id", id, "type", "audit")
 	}
 	// The outcome, as a load would give it.
 	out := slices.DeleteFunc(slices.Clone(records), func(r *registry.Authority) bool {

@@ -171,9 +171,9 @@ func (c *CA) renewSigning() error {
 	next := *s
 	next.signing = signing
 	c.publish(&next)
-	c.cfg.Log.Info("made a new signing CA", "authority_id", hex.EncodeToString(signing.cert.SubjectKeyId), "expires_at", signing.cert.NotAfter, "type", "audit")
+	c.cfg.Log.Info("made a new signing CA", "local_authority_id", hex.EncodeToString(signing.cert.SubjectKeyId), "expires_at", signing.cert.NotAfter, "type", "audit")
 	if left, life := s.root.cert.NotAfter.Sub(now), s.root.cert.NotAfter.Sub(s.root.cert.NotBefore); left < life/10 {
-		c.cfg.Log.Warn("the root expires; plan its replacement", "authority_id", s.root.id, "expires_at", s.root.cert.NotAfter)
+		c.cfg.Log.Warn("the root expires; plan its replacement", "local_authority_id", s.root.id, "expires_at", s.root.cert.NotAfter)
 	}
 	return nil
 }
