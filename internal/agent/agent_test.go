@@ -2,12 +2,15 @@ package agent
 
 import (
 	"context"
+
 	"log/slog"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
 	"github.com/spiffed/spiffed/internal/registry"
@@ -134,4 +137,11 @@ func (n *node) status() *adminv1.AgentStatus {
 		n.t.Fatal(err)
 	}
 	return s
+}
+
+func spiffeID(s string) spiffeid.ID {
+	if s == "" {
+		return spiffeid.ID{}
+	}
+	return spiffeid.RequireFromString(s)
 }

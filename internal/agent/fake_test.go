@@ -658,3 +658,5 @@ func testEntry(n int) *types.Entry {
 		RevisionNumber: 1,
 	}
 }
+
+func (ca *testCA) x509Roots() []*x509.Certificate { return []*x509.Certificate{ca.root} }
