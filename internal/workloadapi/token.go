@@ -4,8 +4,10 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rsa"
+	"encoding/base64"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -37,6 +39,8 @@ var allowed = func() (list []jose.SignatureAlgorithm) {
 	return list
 }()
 
+var errNotCompact = errors.New("it is not a JWT in compact serialization")
+
 // validateToken holds a JWT-SVID against JWT-SVID §4 and returns its subject
 // and all of its claims, "aud" always as a list. Errors do not quote the token
 // beyond names in it.
@@ -45,13 +49,16 @@ func validateToken(token, audience string, bundles func(spiffeid.TrustDomain) (*
 	if len(token) > maxToken {
 		return fail(fmt.Errorf("it is %d bytes long, at most %d are allowed", len(token), maxToken))
 	}
-	// Compact serialization alone (§5.1), and the algorithm before all else (§4).
+	if !isCompact(token) { // §5.1
+		return fail(errNotCompact)
+	}
+	// The algorithm before all else (§4).
 	jws, err := jose.ParseSignedCompact(token, allowed)
 	if alg := new(jose.ErrUnexpectedSignatureAlgorithm); errors.As(err, &alg) {
 		return fail(fmt.Errorf("algorithm %q is not one of JWT-SVID", alg.Got))
 	}
 	if err != nil {
-		return fail(errors.New("it is not a JWT in compact serialization"))
+		return fail(errNotCompact)
 	}
 	header := jws.Signatures[0].Protected
 	if typ, ok := header.ExtraHeaders[jose.HeaderType]; ok && typ != "JWT" && typ != "JOSE" {
@@ -107,6 +114,20 @@ func validateToken(token, audience string, bundles func(spiffeid.TrustDomain) (*
 	}
 	all["aud"] = list
 	return id, all, nil
+}
+
+// isCompact wants three parts in base64url as it is defined (RFC 7515 §2): the
+// decoder alone would pass over line breaks and bits that have no meaning, and
+// one token would have many spellings.
+func isCompact(token string) bool {
+	parts := 0
+	for part := range strings.SplitSeq(token, ".") {
+		parts++
+		if _, err := base64.RawURLEncoding.Strict().DecodeString(part); err != nil {
+			return false
+		}
+	}
+	return parts == 3 && !strings.ContainsAny(token, "\r\n")
 }
 
 // keyFits refuses keys that do not belong to the algorithm, and weak ones.
