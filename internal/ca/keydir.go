@@ -57,13 +57,16 @@ func (d *keyDir) prepare() error {
 	if info.Mode()&0o002 != 0 {
 		return fmt.Errorf("key folder %q can be written by everybody (mode %04o); make it 0700", d.path, info.Mode().Perm())
 	}
-	leftovers, err := filepath.Glob(filepath.Join(d.path, ".*.tmp"))
-	if err != nil {
-		return fmt.Errorf("checking the key folder %q: %w", d.path, err)
-	}
-	for _, path := range leftovers {
-		if err := d.remove(path); err != nil {
-			return fmt.Errorf("removing a half-written file: %w", err)
+	// Only ours: the folder may hold what others are writing right now.
+	for _, name := range []string{dataKeyFile, pendingKeyFile, rootKeyGlob} {
+		leftovers, err := filepath.Glob(d.file("." + name + ".*.tmp"))
+		if err != nil {
+			return fmt.Errorf("checking the key folder %q: %w", d.path, err)
+		}
+		for _, path := range leftovers {
+			if err := d.remove(path); err != nil {
+				return fmt.Errorf("removing a half-written file: %w", err)
+			}
 		}
 	}
 	return nil

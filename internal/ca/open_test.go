@@ -180,9 +180,11 @@ func TestCrashDuringCreation(t *testing.T) {
 				if err := openCrashing(t, cfg, &crashing{at: second.at, after: second.after}); !errors.Is(err, errFault) {
 					t.Fatalf("second crash: %v", err)
 				}
-				// A half-written file of durable.WriteFile.
-				if err := os.WriteFile(durable.TempName(filepath.Join(cfg.Dir, pendingKeyFile)), []byte("half"), 0o600); err != nil {
-					t.Fatal(err)
+				// Half-written files of durable.WriteFile.
+				for _, name := range []string{dataKeyFile, pendingKeyFile, rootKeyFile("00")} {
+					if err := os.WriteFile(durable.TempName(filepath.Join(cfg.Dir, name)), []byte("half"), 0o600); err != nil {
+						t.Fatal(err)
+					}
 				}
 				c := openTest(t, cfg)
 				consistent(t, c, j)
