@@ -91,7 +91,7 @@ type Agent struct {
 	renewAt    time.Time
 	renewRetry *retry
 	nextSync   time.Time
-	warned     map[string]string // malformed things already logged, and how
+	warned     map[string]warning // malformed things already logged, and how
 
 	mu         sync.Mutex // guards the fields below
 	id         *identity  // replaced, never changed; nil before the first key
@@ -101,6 +101,7 @@ type Agent struct {
 	address    string // of the server in use
 	lastSync   time.Time
 	lastErr    error
+	lastNews   time.Time // when lastErr was last logged
 	renewErr   error
 	revoked    string // why everything was dropped; empty if it was not
 	hintLogged map[string]bool
@@ -138,7 +139,7 @@ func New(cfg Config) (*Agent, error) {
 		retries:    map[string]*retry{},
 		batch:      maxBatch,
 		renewRetry: newRetry(),
-		warned:     map[string]string{},
+		warned:     map[string]warning{},
 		demand:     map[string]bool{},
 		hintLogged: map[string]bool{},
 	}

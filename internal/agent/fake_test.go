@@ -177,8 +177,9 @@ type fakeServer struct {
 	jwtTTL       time.Duration
 	pageSize     int
 	reattestable bool
-	poison       string // the entry that makes a whole batch fail
-	stranger     bool   // no agent may attest here
+	hang         chan struct{} // every call waits for it
+	poison       string        // the entry that makes a whole batch fail
+	stranger     bool          // no agent may attest here
 	calls        map[string]int
 	batches      []int
 	asked        []string // entry IDs asked for in full
@@ -385,6 +386,14 @@ func (f *fakeServer) admit(ctx context.Context, full string) error {
 		if f.stranger {
 			f.t.Errorf("the agent attests to a server that it must not trust")
 		}
+	}
+	if hang := f.hang; hang != nil {
+		f.mu.Unlock()
+		select {
+		case <-hang:
+		case <-ctx.Done():
+		}
+		f.mu.Lock()
 	}
 	if f.before != nil {
 		if err := f.before(m); err != nil {

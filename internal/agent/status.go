@@ -13,12 +13,16 @@ func (a *Agent) note(err error) {
 	a.mu.Lock()
 	before := a.lastErr
 	a.lastErr = err
+	news := err != nil && (before == nil || before.Error() != err.Error() && now().Sub(a.lastNews) > time.Minute)
+	if news {
+		a.lastNews = now()
+	}
 	a.mu.Unlock()
 	switch {
 	case err == nil && before == nil:
 	case err == nil:
-		a.log.Info("the server answers again")
-	case before == nil || before.Error() != err.Error():
+		a.log.Info("in step with the server again")
+	case news:
 		a.log.Warn("not in step with the server; trying again", "err", err)
 	default:
 		a.log.Debug("not in step with the server; trying again", "err", err)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"slices"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -377,14 +378,24 @@ func (a *Agent) takeEntry(known map[string]*knownEntry, e *types.Entry) {
 	known[e.GetId()] = k
 }
 
-// warnOnce logs err for a key, but not again while it stays the same.
+// warning is what was logged last about a thing.
+type warning struct {
+	text string
+	at   time.Time
+}
+
+// warnOnce logs err for a key, but not again while it stays the same, nor in
+// every detail (a time, a port) that it may hold.
 func (a *Agent) warnOnce(key, msg string, err error, args ...any) {
-	if a.warned[key] == err.Error() {
+	before, again := a.warned[key]
+	if again && (before.text == err.Error() || now().Sub(before.at) < sameNews) {
 		return
 	}
 	if len(a.warned) > 10_000 {
 		clear(a.warned) // a server that sends rubbish must not fill the memory
 	}
-	a.warned[key] = err.Error()
+	a.warned[key] = warning{err.Error(), now()}
 	a.log.Warn(msg, append(args, "err", err)...)
 }
+
+const sameNews = 10 * time.Minute
