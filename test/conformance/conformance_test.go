@@ -38,7 +38,6 @@ func (f *fed) KeyID() string { return f.Authority().KeyID }
 func (f *fed) Stop()         { f.stop() }
 
 func startFed(t *testing.T) *fed {
-	log := slog.New(slog.DiscardHandler)
 	dir, err := os.MkdirTemp("", "wc")
 	if err != nil {
 		t.Fatal(err)
@@ -49,22 +48,29 @@ func startFed(t *testing.T) *fed {
 	}
 	f := &fed{td: spiffeid.RequireTrustDomainFromString("example.org"), socket: filepath.Join(dir, "workload.sock")}
 	f.Source = workloadtest.NewSource(t, f.td)
-	l, err := unixsocket.Listen(unixsocket.Config{Path: f.socket, Mode: 0o666})
+	f.stop = serveFed(t, f.Source, f.socket)
+	return f
+}
+
+// serveFed serves source at socket and returns what stops it.
+func serveFed(t *testing.T, source *workloadtest.Source, socket string) (stop func()) {
+	log := slog.New(slog.DiscardHandler)
+	l, err := unixsocket.Listen(unixsocket.Config{Path: socket, Mode: 0o666})
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := workloadapi.New(workloadapi.Config{Source: f.Source, Attestors: []attest.Workload{unix.New(unix.Config{Log: log})}, Log: log})
+	server := workloadapi.New(workloadapi.Config{Source: source, Attestors: []attest.Workload{unix.New(unix.Config{Log: log})}, Log: log})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- server.Serve(ctx, l); close(ended) }()
-	f.stop = func() {
+	stop = func() {
 		cancel()
 		if err := <-ended; err != nil {
 			t.Errorf("Serve: %v", err)
 		}
 	}
-	t.Cleanup(f.stop)
-	return f
+	t.Cleanup(stop)
+	return stop
 }
 
 func TestWorkloadAPI(t *testing.T) {
