@@ -62,7 +62,7 @@ type process struct {
 func start(t *testing.T, role, socket string, attr *syscall.SysProcAttr) *process {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = []string{"PEER_ROLE=" + role, "PEER_SOCKET=" + socket}
+	cmd.Env = []string{"PEER_ROLE=" + role, "PEER_SOCKET=" + socket, "GORACE=atexit_sleep_ms=0"} // else the race detector sleeps
 	cmd.SysProcAttr = attr
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()

@@ -43,7 +43,7 @@ func TestMain(m *testing.M) {
 func listenElsewhere(t *testing.T, path string, attr *syscall.SysProcAttr, env ...string) string {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(env, "LISTEN_AT="+path)
+	cmd.Env = append(env, "LISTEN_AT="+path, "GORACE=atexit_sleep_ms=0") // else the race detector sleeps
 	cmd.SysProcAttr = attr
 	out, err := cmd.Output()
 	if err != nil {

@@ -26,7 +26,7 @@ func (s *Server) attest(ctx context.Context) (*caller, error) {
 	if !ok {
 		return nil, status.Error(codes.Internal, "the caller is not known")
 	}
-	if !s.attestations.acquire(p.UID) {
+	if err := s.waitTurn(ctx, p); err != nil {
 		err := status.Error(codes.Unavailable, "too many processes of this user are being attested")
 		s.refused("refused a call", p, err)
 		return nil, err
@@ -59,6 +59,12 @@ func (s *Server) attest(ctx context.Context) (*caller, error) {
 		return nil, status.Errorf(codes.Unavailable, "the calling process %d could not be attested: %v", p.PID, o.err)
 	}
 	return o.c, nil
+}
+
+func (s *Server) waitTurn(ctx context.Context, p *peercred.Peer) error {
+	ctx, cancel := context.WithTimeout(ctx, attestQueueTime)
+	defer cancel()
+	return s.attestations.acquire(ctx, p.UID)
 }
 
 func (s *Server) runAttestors(ctx context.Context, p *peercred.Peer) (c *caller, err error) {

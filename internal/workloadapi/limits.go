@@ -1,6 +1,7 @@
 package workloadapi
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -39,6 +40,63 @@ func (p *perUser) release(uid uint32) {
 	defer p.mu.Unlock()
 	if p.held[uid]--; p.held[uid] == 0 {
 		delete(p.held, uid)
+	}
+}
+
+// turns lets a number of each user's processes go on at a time; the others wait.
+type turns struct {
+	limit int
+
+	mu    sync.Mutex // guards users
+	users map[uint32]*turn
+}
+
+type turn struct {
+	going chan struct{} // holds one for each that goes on
+	known int           // that go on or wait
+}
+
+func newTurns(limit int) *turns {
+	return &turns{limit: limit, users: map[uint32]*turn{}}
+}
+
+// acquire waits for a turn, which release ends.
+func (t *turns) acquire(ctx context.Context, uid uint32) error {
+	t.mu.Lock()
+	u := t.users[uid]
+	if u == nil {
+		u = &turn{going: make(chan struct{}, t.limit)}
+		t.users[uid] = u
+	}
+	u.known++
+	t.mu.Unlock()
+	select {
+	case u.going <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case u.going <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		t.forget(uid)
+		return ctx.Err()
+	}
+}
+
+func (t *turns) release(uid uint32) {
+	t.mu.Lock()
+	<-t.users[uid].going
+	t.mu.Unlock()
+	t.forget(uid)
+}
+
+func (t *turns) forget(uid uint32) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	u := t.users[uid]
+	if u.known--; u.known == 0 {
+		delete(t.users, uid)
 	}
 }
 

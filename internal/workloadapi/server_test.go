@@ -18,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -199,6 +200,52 @@ func TestPerUserIsFair(t *testing.T) {
 	}
 }
 
+// More attestations than the limit wait for their turn and are not refused: all
+// processes of a user come back at once after a restart.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		turns := newTurns(2)
+		var wg sync.WaitGroup
+		var mu sync.Mutex
+		going, most, done := 0, 0, 0
+		for i := range 100 {
+			wg.Go(func() {
+				uid := uint32(i % 2)
+				if err := turns.acquire(t.Context(), uid); err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				going++
+				most = max(most, going)
+				mu.Unlock()
+				<-time.After(time.Second)
+				mu.Lock()
+				going--
+				done++
+				mu.Unlock()
+				turns.release(uid)
+			})
+		}
+		wg.Wait()
+		if done != 100 || most != 4 || len(turns.users) != 0 {
+			t.Errorf("%d done, at most %d at a time, %d users are left", done, most, len(turns.users))
+		}
+		turns.acquire(t.Context(), 1)
+		turns.acquire(t.Context(), 1)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := turns.acquire(ctx, 1); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+		turns.release(1)
+		turns.release(1)
+		if len(turns.users) != 0 {
+			t.Error("a user is left")
+		}
+	})
+}
+
 // An attestor that hangs costs its caller, and nobody else, and not for long.
 func TestAttestorHangs(t *testing.T) {
 	t.Parallel()
@@ -338,7 +385,7 @@ func TestStreamEndsWithItsProcess(t *testing.T) {
 	s := source(t, entry(t, "web", "unix:uid:0"))
 	socket, _ := serve(t, Config{Source: s})
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = []string{"ROLE=connect", "SOCKET=" + socket}
+	cmd.Env = []string{"ROLE=connect", "SOCKET=" + socket, "GORACE=atexit_sleep_ms=0"}
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

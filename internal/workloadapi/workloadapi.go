@@ -31,6 +31,7 @@ import (
 const (
 	prefaceTimeout  = 5 * time.Second // from the accept to HTTP/2 being spoken
 	attestTimeout   = time.Second
+	attestQueueTime = 2 * time.Second  // for the user's share of attestations
 	signingTimeout  = 5 * time.Second  // how long a caller waits for an SVID on its way
 	jwtTimeout      = 10 * time.Second // for the server to sign JWT-SVIDs
 	drainTimeout    = time.Second      // for RPCs to end when the endpoint does
@@ -51,7 +52,7 @@ type Config struct {
 	// What the processes of one user may hold at a time; 0 means the default.
 	ConnsPerUser        int // 256
 	RPCsPerUser         int // 1024, streams included
-	AttestationsPerUser int // 32
+	AttestationsPerUser int // 32; more wait for their turn
 }
 
 // Server serves the Workload API.
@@ -61,7 +62,8 @@ type Server struct {
 	log       *slog.Logger
 	refusals  *rate.Limiter // keeps a caller from flooding the log
 
-	conns, rpcs, attestations *perUser
+	conns, rpcs  *perUser
+	attestations *turns
 }
 
 // New returns a server that does nothing yet.
@@ -73,7 +75,7 @@ func New(cfg Config) *Server {
 		refusals:     rate.NewLimiter(refusalsPerSec, refusalsAtATime),
 		conns:        newPerUser(cmp.Or(cfg.ConnsPerUser, 256)),
 		rpcs:         newPerUser(cmp.Or(cfg.RPCsPerUser, 1024)),
-		attestations: newPerUser(cmp.Or(cfg.AttestationsPerUser, 32)),
+		attestations: newTurns(cmp.Or(cfg.AttestationsPerUser, 32)),
 	}
 }
 
@@ -93,9 +95,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.MaxConcurrentStreams(streamsPerConn),
 		grpc.WaitForHandlers(true),
-		// Most callers hold one quiet stream: buffers only while in use.
-		grpc.SharedWriteBuffer(true),
-		grpc.ReadBufferSize(4<<10),
+		grpc.ReadBufferSize(4<<10), // most callers hold one quiet stream
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: 10 * time.Minute}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)

@@ -49,7 +49,7 @@ func TestMain(m *testing.M) {
 	case "mount":
 		fail(sys.Mount("", "/", "", sys.MS_REC|sys.MS_PRIVATE, ""))
 		fail(sys.Mount(os.Getenv("OVER"), next, "", sys.MS_BIND, ""))
-		fail(syscall.Exec(next, []string{next}, []string{"ROLE=connect", "SOCKET=" + os.Getenv("SOCKET")}))
+		fail(syscall.Exec(next, []string{next}, []string{"ROLE=connect", "SOCKET=" + os.Getenv("SOCKET"), quickExit}))
 	case "become":
 		c, err := net.Dial("unix", os.Getenv("SOCKET"))
 		fail(err)
@@ -57,7 +57,7 @@ func TestMain(m *testing.M) {
 		fail(err)
 		_, err = sys.FcntlInt(f.Fd(), sys.F_SETFD, 0)
 		fail(err)
-		fail(syscall.Exec(next, []string{next}, []string{"ROLE=hold"}))
+		fail(syscall.Exec(next, []string{next}, []string{"ROLE=hold", quickExit}))
 	case "connect":
 		_, err := net.Dial("unix", os.Getenv("SOCKET"))
 		fail(err)
@@ -67,6 +67,9 @@ func TestMain(m *testing.M) {
 		io.Copy(io.Discard, os.Stdin)
 	}
 }
+
+// quickExit keeps the race detector from sleeping a second at each exit.
+const quickExit = "GORACE=atexit_sleep_ms=0"
 
 type caller struct {
 	*peercred.Peer
@@ -87,7 +90,7 @@ func call(t testing.TB, path, role string, attr *syscall.SysProcAttr, env ...str
 		t.Fatal(err)
 	}
 	cmd := exec.Command(path)
-	cmd.Env = append(env, "ROLE="+role, "SOCKET="+socket)
+	cmd.Env = append(env, "ROLE="+role, "SOCKET="+socket, quickExit)
 	cmd.SysProcAttr = attr
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
