@@ -4,9 +4,9 @@
 // drops what is revoked. It speaks SPIRE's server API, to a spiffed server or
 // a SPIRE one, and offers what it holds as a registry.Source.
 //
-// It does not look at processes and serves no socket: outlets do. It never
-// gives up because the server is away, and never hands out an SVID that has
-// expired.
+// It does not look at processes and serves nothing to them: outlets do; only
+// the admin socket is its own. It never gives up because the server is away,
+// and never hands out an SVID that has expired.
 package agent
 
 import (

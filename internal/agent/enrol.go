@@ -13,8 +13,10 @@ import (
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 
 	"github.com/spiffed/spiffed/internal/registry"
 )
@@ -24,9 +26,11 @@ var errNoProver = errors.New("there is nothing to prove this node with: `spiffed
 // maxChallenges bounds the rounds of an attestation.
 const maxChallenges = 16
 
-// enrol proves to a server what this node is, with the key that is stored. The
-// server binds the proof to the key, so a repeat after a lost reply needs the
-// same one, and it is on the disk before the first message leaves.
+// enrol proves to a server what this node is, with a key that is stored. The
+// server binds the proof to the key, so a repeat needs the same one, be it
+// after a lost reply or after months; it is on the disk before the first
+// message leaves. A server may bind the proof to the key of the last renewal
+// instead, so that one is tried as well.
 func (a *Agent) enrol(ctx context.Context) error {
 	id := a.identity()
 	if a.cfg.Prover == nil {
@@ -42,6 +46,11 @@ func (a *Agent) enrol(ctx context.Context) error {
 		}
 		id = &identity{trustDomain: a.cfg.TrustDomain, anchor: a.anchor, key: key}
 		if err := a.setIdentity(id); err != nil {
+			return err
+		}
+	}
+	if id.attestedKey != nil {
+		if err := a.attest(ctx, id.attestedKey); status.Code(err) != codes.InvalidArgument {
 			return err
 		}
 	}
@@ -333,6 +342,9 @@ func (a *Agent) renew(ctx context.Context) error {
 			return fmt.Errorf("renewing the agent's SVID: server %q: what it gave is not good: %w", l.addr, err)
 		}
 		next := *id
+		if id.attestedKey == nil {
+			next.attestedKey = id.key
+		}
 		next.key, next.pendingKey = id.pendingKey, nil
 		next.chain, next.obtainedAt = svid.chain, now()
 		if err := a.setIdentity(&next); err != nil {
@@ -342,8 +354,8 @@ func (a *Agent) renew(ctx context.Context) error {
 		a.log.Info("renewed the agent's SVID", "agent_id", next.agentID, "serial_num", next.chain[0].SerialNumber, "expires_at", expiry(next.chain))
 		return nil
 	})
-	if reasonOf(err) == mustProve && a.cfg.Prover != nil {
-		return a.attest(ctx, id.key)
+	if reasonOf(err) == mustProve {
+		return a.enrol(ctx)
 	}
 	return err
 }

@@ -25,6 +25,7 @@ type identity struct {
 	anchor       string // what the server was first verified by
 	key          crypto.Signer
 	pendingKey   crypto.Signer // of a renewal whose outcome is not known; or nil
+	attestedKey  crypto.Signer // that the server has bound the attestation to, if it is not key; or nil
 	agentID      spiffeid.ID   // zero, as all below, until enrolled
 	chain        []*x509.Certificate
 	obtainedAt   time.Time
@@ -42,8 +43,9 @@ type identityFile struct {
 	Version      int                  `json:"version"`
 	TrustDomain  spiffeid.TrustDomain `json:"trust_domain"`
 	Anchor       string               `json:"anchor,omitempty"`
-	Key          []byte               `json:"key"`                   // PKCS#8
-	PendingKey   []byte               `json:"pending_key,omitempty"` // PKCS#8
+	Key          []byte               `json:"key"`                    // PKCS#8
+	PendingKey   []byte               `json:"pending_key,omitempty"`  // PKCS#8
+	AttestedKey  []byte               `json:"attested_key,omitempty"` // PKCS#8
 	AgentID      spiffeid.ID          `json:"agent_id,omitzero"`
 	Chain        [][]byte             `json:"chain,omitempty"` // DER
 	ObtainedAt   time.Time            `json:"obtained_at,omitzero"`
@@ -128,6 +130,11 @@ func parseIdentity(data []byte) (*identity, error) {
 			return nil, fmt.Errorf("pending key: %w", err)
 		}
 	}
+	if len(f.AttestedKey) > 0 {
+		if id.attestedKey, err = parseKey(f.AttestedKey); err != nil {
+			return nil, fmt.Errorf("attested key: %w", err)
+		}
+	}
 	if len(f.Chain) == 0 {
 		return id, nil
 	}
@@ -160,14 +167,18 @@ func (id *identity) save(path string) error {
 		Reattestable: id.reattestable,
 		Bundle:       id.bundle,
 	}
-	var err error
-	if f.Key, err = x509.MarshalPKCS8PrivateKey(id.key); err != nil {
-		return fmt.Errorf("storing the identity: %w", err)
-	}
-	if id.pendingKey != nil {
-		if f.PendingKey, err = x509.MarshalPKCS8PrivateKey(id.pendingKey); err != nil {
+	for _, key := range []struct {
+		der *[]byte
+		key crypto.Signer
+	}{{&f.Key, id.key}, {&f.PendingKey, id.pendingKey}, {&f.AttestedKey, id.attestedKey}} {
+		if key.key == nil {
+			continue
+		}
+		der, err := x509.MarshalPKCS8PrivateKey(key.key)
+		if err != nil {
 			return fmt.Errorf("storing the identity: %w", err)
 		}
+		*key.der = der
 	}
 	data, err := json.Marshal(f)
 	if err != nil {

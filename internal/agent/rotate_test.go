@@ -183,7 +183,7 @@ func TestHostileSVIDs(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFake(t, newTestCA(t, td), false)
 				f.add(testEntry(1))
-				n := start(t, f, config(t, f))
+				n := start(t, f, slow(config(t, f)))
 				<-n.Ready()
 				good := n.await(uid("1"), "an SVID", identities(1)).Identities[0].SVID
 				f.set(func() {
@@ -228,7 +228,7 @@ func TestNotAuthorisedAtSigning(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFake(t, newTestCA(t, td), false)
 		f.add(testEntry(1), testEntry(2))
-		n := start(t, f, config(t, f))
+		n := start(t, f, slow(config(t, f)))
 		<-n.Ready()
 		f.set(func() {
 			f.before = func(m string) error {
@@ -275,7 +275,7 @@ func TestOnDemand(t *testing.T) {
 		e := testEntry(1)
 		e.AdditionalAttributes = &types.Entry_AdditionalAttributes{DisableX509SvidPrefetch: true}
 		f.add(e)
-		n := start(t, f, config(t, f))
+		n := start(t, f, slow(config(t, f)))
 		<-n.Ready()
 		time.Sleep(time.Minute)
 		if n.status().Svids != 0 {
@@ -377,7 +377,7 @@ func TestHintsAndOrder(t *testing.T) {
 		store := testEntry(50)
 		store.Selectors[0].Value, store.StoreSvid = "uid:1", true
 		f.add(store)
-		n := start(t, f, config(t, f))
+		n := start(t, f, slow(config(t, f)))
 		<-n.Ready()
 		for range 10 {
 			var paths []string
@@ -453,6 +453,12 @@ func TestPlan(t *testing.T) {
 	if want := []string{"5", "3", "1", "0"}; !slices.Equal(got, want) || !next.Equal(at.Add(7*time.Minute)) {
 		t.Errorf("plan %v, next in %s", got, next.Sub(at))
 	}
+}
+
+// slow is for tests of hours.
+func slow(cfg Config) Config {
+	cfg.SyncInterval = time.Minute
+	return cfg
 }
 
 func BenchmarkCurrent(b *testing.B) {

@@ -170,10 +170,9 @@ func (a *Agent) fetchFederated(ctx context.Context, l *link, known map[string]*k
 		}
 	}
 	type answer struct {
-		td    spiffeid.TrustDomain
-		wire  *types.Bundle
-		err   error
-		found bool
+		td   spiffeid.TrustDomain
+		wire *types.Bundle
+		err  error
 	}
 	answers := make([]answer, 0, len(want))
 	for td := range want {

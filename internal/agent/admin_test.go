@@ -1,0 +1,58 @@
+package agent
+
+import (
+	"context"
+	"net"
+	"path/filepath"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
+)
+
+func TestAdminSocket(t *testing.T) {
+	f := newFake(t, newTestCA(t, td), true)
+	n := start(t, f, config(t, f))
+	<-n.Ready()
+	path := filepath.Join(t.TempDir(), "admin.sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- n.ServeAdmin(ctx, l) }()
+	conn, err := grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	s, err := adminv1.NewAgentClient(conn).GetStatus(t.Context(), &adminv1.GetAgentStatusRequest{})
+	if err != nil || s.State != "ready" || s.AgentId != n.AgentID().String() {
+		t.Errorf("%v, %v", s, err)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// Enrol gets the identity that Run then uses.
+func TestEnrolOnce(t *testing.T) {
+	f := newFake(t, newTestCA(t, td), true)
+	cfg := config(t, f)
+	n := prepare(t, f, cfg)
+	for range 2 {
+		if err := n.Enrol(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n.AgentID().IsZero() || f.called("AttestAgent") != 1 {
+		t.Errorf("%q after %d attestations", n.AgentID(), f.called("AttestAgent"))
+	}
+	cfg.Prover, cfg.Pin = nil, ""
+	n = start(t, f, cfg)
+	<-n.Ready()
+}
