@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"log/slog"
 	"path/filepath"
 
@@ -10,6 +9,7 @@ import (
 	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/attest/jointoken"
 	"github.com/spiffed/spiffed/internal/attest/unix"
+	"github.com/spiffed/spiffed/internal/ca"
 	"github.com/spiffed/spiffed/internal/server"
 	"github.com/spiffed/spiffed/internal/store"
 	"github.com/spiffed/spiffed/internal/store/bolt"
@@ -24,8 +24,8 @@ import (
 func verifyStore() { bolt.MaybeVerify() }
 
 // openEngine opens the embedded store in dataDir.
-func openEngine(ctx context.Context, dataDir string, maxSize int64, log *slog.Logger) (store.Engine, error) {
-	return bolt.Open(ctx, bolt.Config{Path: filepath.Join(dataDir, "server.db"), MaxSize: maxSize, Log: log})
+func openEngine(dataDir string, maxSize int64, log *slog.Logger) (store.Engine, error) {
+	return bolt.Open(filepath.Join(dataDir, "server.db"), bolt.Options{MaxSize: maxSize, Log: log})
 }
 
 // verifiers are the server's halves of the node attestors.
@@ -40,8 +40,27 @@ func workloadAttestors(log *slog.Logger) []attest.Workload {
 	return []attest.Workload{unix.New(unix.Config{Log: log})}
 }
 
-// tokens is how the server makes and names join tokens.
-var tokens = server.Tokens{}
+// tokens is how the server of td makes and reads join tokens.
+func tokens(td spiffeid.TrustDomain, authority *ca.CA) server.Tokens {
+	pin := func() string { return jointoken.Pin(authority.Root()) }
+	return server.Tokens{
+		New: func() string { return jointoken.NewToken().String() },
+		Parse: func(token string) (id, secret string, err error) {
+			t, err := jointoken.ParseToken(token)
+			return t.ID, t.Secret, err
+		},
+		Hash: jointoken.HashSecret,
+		Join: func(servers []string, token string) (string, error) {
+			join := jointoken.Join{Token: token, Servers: servers, TrustDomain: td, Pin: pin()}.String()
+			_, err := jointoken.ParseJoin(join) // what is handed out can be read
+			return join, err
+		},
+		Pin: pin,
+	}
+}
+
+// ownAttestor is the attestor by which an agent joins the server in its process.
+const ownAttestor = jointoken.Type
 
 // joining is what a join string or a bare token says, and the agent's half of
 // its attestor.

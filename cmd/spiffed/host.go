@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -31,6 +32,9 @@ import (
 	"github.com/spiffed/spiffed/internal/workloadapi"
 )
 
+// defaultAdminGroup may use the admin sockets where it exists.
+const defaultAdminGroup = "spiffed"
+
 // ownAlias is the alias of the node that shares its process with the server.
 const ownAlias = "/node/self"
 
@@ -47,7 +51,7 @@ type host struct {
 	server *server.Server
 
 	agent         *agent.Agent // nil without the agent role; so are the next three
-	agentAdmin    *agent.AdminServer
+	agentAdminAt  net.Listener
 	workloads     *workloadapi.Server
 	workloadsAt   net.Listener
 	closeOnFailed []io.Closer // while the host is being built
@@ -86,7 +90,7 @@ func (h *host) buildServer(ctx context.Context) error {
 		return fmt.Errorf("server.data_dir: %w", err)
 	}
 	var err error
-	if h.engine, err = openEngine(ctx, cfg.DataDir, int64(cfg.StoreMaxSize), h.log); err != nil {
+	if h.engine, err = openEngine(cfg.DataDir, int64(cfg.StoreMaxSize), h.log); err != nil {
 		return err
 	}
 	h.closeOnFailed = append(h.closeOnFailed, h.engine)
@@ -108,16 +112,20 @@ func (h *host) buildServer(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	admin, err := unixsocket.Listen(unixsocket.Config{Path: cfg.AdminSocket, Mode: 0o660, Group: cfg.AdminGroup})
+	admin, err := unixsocket.Listen(unixsocket.Config{Path: cfg.AdminSocket, Mode: 0o660, Group: h.adminGroup()})
 	if err != nil {
 		return fmt.Errorf("server.admin_socket: %w", err)
 	}
 	h.closeOnFailed = append(h.closeOnFailed, admin)
+	advertise, err := advertised(cfg)
+	if err != nil {
+		return err
+	}
 	h.server, err = server.New(server.Config{
 		TrustDomain:   cfg.TrustDomain,
 		Listen:        cfg.Listen,
 		AdminListener: admin,
-		Advertise:     cfg.Advertise,
+		Advertise:     advertise,
 		X509TTL:       cfg.DefaultX509SVIDTTL,
 		JWTTTL:        cfg.DefaultJWTSVIDTTL,
 		AgentTTL:      cfg.AgentTTL,
@@ -127,7 +135,7 @@ func (h *host) buildServer(ctx context.Context) error {
 		Verifiers:     verifiers(cfg.TrustDomain, h.store, h.log),
 		Store:         h.store,
 		CA:            h.ca,
-		Tokens:        tokens,
+		Tokens:        tokens(cfg.TrustDomain, h.ca),
 		Version:       version(),
 		Log:           h.log,
 		LogLevel:      h.logLevel,
@@ -157,12 +165,11 @@ func (h *host) buildAgent() error {
 	if h.agent, err = agent.New(*settings); err != nil {
 		return err
 	}
-	admin, err := unixsocket.Listen(unixsocket.Config{Path: cfg.AdminSocket, Mode: 0o660, Group: h.adminGroup()})
+	h.agentAdminAt, err = unixsocket.Listen(unixsocket.Config{Path: cfg.AdminSocket, Mode: 0o660, Group: h.adminGroup()})
 	if err != nil {
 		return fmt.Errorf("agent.admin_socket: %w", err)
 	}
-	h.closeOnFailed = append(h.closeOnFailed, admin)
-	h.agentAdmin = agent.NewAdminServer(h.agent, admin)
+	h.closeOnFailed = append(h.closeOnFailed, h.agentAdminAt)
 	// Everybody may connect: who calls decides what it gets.
 	h.workloadsAt, err = unixsocket.Listen(unixsocket.Config{Path: cfg.WorkloadSocket, Mode: 0o666})
 	if err != nil {
@@ -177,9 +184,14 @@ func (h *host) buildAgent() error {
 	return nil
 }
 
+// adminGroup is the group that may use the admin sockets: the configured one,
+// else defaultAdminGroup if this host has it.
 func (h *host) adminGroup() string {
-	if h.cfg.Server != nil {
+	if h.cfg.Server != nil && h.cfg.Server.AdminGroup != "" {
 		return h.cfg.Server.AdminGroup
+	}
+	if _, err := user.LookupGroup(defaultAdminGroup); err == nil && os.Geteuid() == 0 {
+		return defaultAdminGroup
 	}
 	return ""
 }
@@ -250,7 +262,7 @@ func (h *host) run(ctx context.Context) error {
 	}
 	if h.agent != nil {
 		group.Go(func() error { return h.agent.Run(ctx) })
-		group.Go(func() error { return h.agentAdmin.Serve(ctx) })
+		group.Go(func() error { return h.agent.ServeAdmin(ctx, h.agentAdminAt) })
 		group.Go(func() error { return h.workloads.Serve(ctx, h.workloadsAt) })
 		h.log.Info("agent started", "workload_socket", h.cfg.Agent.WorkloadSocket, "version", version())
 	}
@@ -295,6 +307,25 @@ func (p *ownProver) Payload(ctx context.Context) ([]byte, error) {
 
 func (p *ownProver) Respond(ctx context.Context, challenge []byte) ([]byte, error) {
 	return p.made.Respond(ctx, challenge)
+}
+
+// advertised is what join strings say of where the server is. Without a word in
+// the configuration it is the name of this machine, as other machines may know
+// it; with a port that is chosen at the start there is nothing to say.
+func advertised(cfg *config.Server) ([]string, error) {
+	if len(cfg.Advertise) > 0 {
+		return cfg.Advertise, nil
+	}
+	host, port, err := net.SplitHostPort(cfg.Listen)
+	if err != nil || port == "0" {
+		return nil, err
+	}
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		if host, err = os.Hostname(); err != nil {
+			return nil, fmt.Errorf("server.advertise is empty, and the name of this machine is not known: %w", err)
+		}
+	}
+	return []string{net.JoinHostPort(host, port)}, nil
 }
 
 // loopback turns the address of a listener into one that this host can dial.

@@ -136,6 +136,12 @@ func New(cfg Config) (*Server, error) {
 // Addr is the TCP address the server listens on.
 func (s *Server) Addr() net.Addr { return s.listener.Addr() }
 
+// MakeToken makes a join token for the agent in the same process, whose node is
+// called alias. The token is a secret.
+func (s *Server) MakeToken(ctx context.Context, ttl time.Duration, alias spiffeid.ID) (string, error) {
+	return s.api.MakeToken(ctx, ttl, alias)
+}
+
 // Close releases the listeners of a Server that does not run.
 func (s *Server) Close() error {
 	return errors.Join(s.listener.Close(), s.cfg.AdminListener.Close())

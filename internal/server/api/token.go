@@ -112,3 +112,13 @@ func (t *tokenIDs) resolveSelector(ctx context.Context, s registry.Selector) (re
 	s.Value = id.String()
 	return s, nil
 }
+
+// MakeToken makes a join token on behalf of the program itself, for a node that
+// is called alias.
+func (a *API) MakeToken(ctx context.Context, ttl time.Duration, alias spiffeid.ID) (string, error) {
+	token := a.cfg.Tokens.New()
+	if _, err := a.createToken(ctx, token, "", alias, ttl); err != nil {
+		return "", err
+	}
+	return token, nil
+}

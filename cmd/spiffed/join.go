@@ -1,0 +1,130 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/spiffed/spiffed/internal/agent"
+	"github.com/spiffed/spiffed/internal/config"
+	"github.com/spiffed/spiffed/internal/durable"
+)
+
+type joinOptions struct {
+	config, dataDir string
+	force           bool
+	timeout         time.Duration
+}
+
+func newJoinCommand(c *cli) *cobra.Command {
+	var o joinOptions
+	cmd := &cobra.Command{
+		Use:   "join STRING|-",
+		Short: "Enrol this node with a join string, and write its configuration",
+		Long: `Enrols this node with the server that made the join string, and writes the
+configuration of the agent. The server is verified by the pin in the string
+before anything is shown to it. The node's key is made here and never leaves;
+the token in the string is good for this key alone, so if the connection breaks,
+run the same command again.
+
+The configuration holds no secret: from now on the node's key is what counts.
+
+STRING is what "spiffed token create" printed. With - it is read from standard
+input, which keeps it out of the list of processes.`,
+		Example: `  spiffed join 'spiffed://…@spiffed.example.org:8081/example.org/sha256:…'
+
+  ssh server spiffed token create --name web-1 | spiffed join -`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			text := args[0]
+			if text == "-" {
+				data, err := io.ReadAll(io.LimitReader(cmd.InOrStdin(), maxSecretFile))
+				if err != nil {
+					return fmt.Errorf("reading the join string: %w", err)
+				}
+				text = strings.TrimSpace(string(data))
+			}
+			return join(cmd.Context(), text, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	cmd.Flags().StringVar(&o.config, "config", defaultConfig, "the configuration file to write")
+	cmd.Flags().StringVar(&o.dataDir, "data-dir", "/var/lib/spiffed/agent", "where the agent keeps its state")
+	cmd.Flags().BoolVar(&o.force, "force", false, "overwrite the configuration file")
+	cmd.Flags().DurationVar(&o.timeout, "timeout", time.Minute, "how long to try")
+	return cmd
+}
+
+func join(ctx context.Context, text string, o joinOptions, stdout, stderr io.Writer) error {
+	j, err := parseJoining(text)
+	if err != nil {
+		return err
+	}
+	if j.trustDomain.IsZero() {
+		return withHint(errors.New("this is a bare token: it does not say which server to trust"),
+			`use the string that begins with spiffed://, or write agent.server, agent.trust_domain, agent.trust_bundle and agent.join into a configuration yourself`)
+	}
+	configPath, err := filepath.Abs(o.config)
+	if err != nil {
+		return err
+	}
+	if _, err := os.Lstat(configPath); err == nil && !o.force {
+		return withHint(fmt.Errorf("%q exists already", configPath), "--force overwrites it, --config names another")
+	}
+	dataDir, err := filepath.Abs(o.dataDir)
+	if err != nil {
+		return err
+	}
+	text = joinedConfig(j, dataDir)
+	if _, err := config.Parse(configPath, []byte(text)); err != nil {
+		return fmt.Errorf("the configuration that would be written: %w", err)
+	}
+	if err := ownFolder(dataDir); err != nil {
+		return fmt.Errorf("making the folder for the agent's state: %w", err)
+	}
+
+	log, _ := newLog(config.Log{Format: "text"}, stderr)
+	a, err := agent.New(agent.Config{
+		TrustDomain: j.trustDomain, ServerAddresses: j.servers, Prover: j.prover, Pin: j.pin,
+		DataDir: dataDir, Version: version(), Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, o.timeout)
+	defer cancel()
+	if err := a.Enrol(ctx); err != nil {
+		return fmt.Errorf("enrolling: %w", err)
+	}
+	if err := durable.MkdirAll(filepath.Dir(configPath), 0o755); err != nil {
+		return fmt.Errorf("the node is enrolled; writing its configuration: %w", err)
+	}
+	if err := durable.WriteFile(configPath, []byte(text), 0o644); err != nil {
+		return fmt.Errorf("the node is enrolled; writing its configuration: %w", err)
+	}
+	fmt.Fprintln(stdout, a.AgentID())
+	fmt.Fprintf(stderr, "This node is enrolled. Its configuration is in %s; start the agent:\n\n  spiffed run --config %s\n", configPath, configPath)
+	return nil
+}
+
+// joinedConfig is the configuration of a node that is in: no token.
+func joinedConfig(j *joining, dataDir string) string {
+	servers := make([]string, len(j.servers))
+	for i, s := range j.servers {
+		servers[i] = strconv.Quote(s)
+	}
+	return fmt.Sprintf(`# Written by "spiffed join". See "spiffed config example" for every key.
+
+[agent]
+trust_domain = %q
+server = [%s]
+data_dir = %q
+`, j.trustDomain.Name(), strings.Join(servers, ", "), dataDir)
+}
