@@ -20,9 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
-	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
-	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -31,11 +29,11 @@ import (
 	"google.golang.org/grpc/status"
 
 	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
-	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/attest/jointoken"
 	"github.com/spiffed/spiffed/internal/ca"
 	"github.com/spiffed/spiffed/internal/registry"
-	"github.com/spiffed/spiffed/internal/server/api"
+	"github.com/spiffed/spiffed/internal/store"
+	"github.com/spiffed/spiffed/internal/store/bolt"
 	"github.com/spiffed/spiffed/internal/unixsocket"
 )
 
@@ -54,19 +52,22 @@ func sel(s string) *types.Selector {
 }
 
 // testTokens wires the join tokens as the program does.
-var testTokens = Tokens{
-	New: func() string { return jointoken.NewToken().String() },
-	Parse: func(s string) (string, string, error) {
-		t, err := jointoken.ParseToken(s)
-		return t.ID, t.Secret, err
-	},
-	Hash: jointoken.HashSecret,
-	Pin:  jointoken.Pin,
-	Join: func(servers []string, td spiffeid.TrustDomain, token, pin string) (string, error) {
-		s := jointoken.Join{Servers: servers, TrustDomain: td, Token: token, Pin: pin}.String()
-		_, err := jointoken.ParseJoin(s)
-		return s, err
-	},
+func testTokens(authority *ca.CA) Tokens {
+	pin := func() string { return jointoken.Pin(authority.Root()) }
+	return Tokens{
+		New: func() string { return jointoken.NewToken().String() },
+		Parse: func(s string) (string, string, error) {
+			t, err := jointoken.ParseToken(s)
+			return t.ID, t.Secret, err
+		},
+		Hash: jointoken.HashSecret,
+		Pin:  pin,
+		Join: func(servers []string, token string) (string, error) {
+			s := jointoken.Join{Servers: servers, TrustDomain: td, Token: token, Pin: pin()}.String()
+			_, err := jointoken.ParseJoin(s)
+			return s, err
+		},
+	}
 }
 
 // logBuffer is a log that can be read while it is written.
@@ -87,52 +88,45 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
-// rig is a running server with a store in memory, a real CA, and a real TCP
-// port and admin socket.
+// rig is a running server over a real store and a real CA, with a real TCP
+// port and a real admin socket.
 type rig struct {
 	t      testing.TB
-	store  api.Store
-	fake   *fakeStore // store, if it is the fake one
+	store  *faultyStore
 	ca     *ca.CA
 	cfg    Config
 	server *Server
 	logs   *logBuffer
 	socket string
 	stop   func()
-	done   chan error
 	admin  *grpc.ClientConn
-}
-
-func openCA(t testing.TB, td spiffeid.TrustDomain) *ca.CA {
-	t.Helper()
-	authority, err := ca.Open(t.Context(), ca.Config{TrustDomain: td, Dir: t.TempDir(), Journal: &fakeJournal{}, Log: slog.New(slog.DiscardHandler)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return authority
 }
 
 func newRig(t testing.TB, change ...func(*Config)) *rig {
 	t.Helper()
-	r := &rig{t: t, fake: newFakeStore(t, td), ca: openCA(t, td), logs: &logBuffer{}, socket: filepath.Join(t.TempDir(), "admin.sock")}
-	listener, err := unixsocket.Listen(unixsocket.Config{Path: r.socket, Mode: 0o600})
+	engine, err := bolt.Open(filepath.Join(t.TempDir(), "server.db"), bolt.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { engine.Close() })
+	r := &rig{t: t, store: &faultyStore{Store: store.New(engine, td)}, logs: &logBuffer{}, socket: filepath.Join(t.TempDir(), "admin.sock")}
+	r.ca, err = ca.Open(t.Context(), ca.Config{TrustDomain: td, Dir: filepath.Join(t.TempDir(), "keys"), Journal: r.store, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
 	level := &slog.LevelVar{}
 	r.cfg = Config{
-		TrustDomain: td, Listen: "127.0.0.1:0", AdminListener: listener, Advertise: []string{"server.example.org:8081"},
+		TrustDomain: td, Listen: "127.0.0.1:0", Advertise: []string{"server.example.org:8081"},
 		AdminIDs: []spiffeid.ID{id("/admin")},
-		Store:    r.fake, CA: r.ca, Tokens: testTokens, Version: "test", LogLevel: level,
+		Store:    r.store, CA: r.ca, Tokens: testTokens(r.ca), Version: "test", LogLevel: level,
 		Log: slog.New(slog.NewJSONHandler(r.logs, &slog.HandlerOptions{Level: level})),
 	}
 	for _, f := range change {
 		f(&r.cfg)
 	}
-	r.store = r.cfg.Store
 	r.cfg.Verifiers = append(r.cfg.Verifiers, jointoken.NewVerifier(jointoken.Config{TrustDomain: td, Store: r.store, Log: r.cfg.Log}))
 	r.start()
-	t.Cleanup(r.stop)
+	t.Cleanup(func() { r.stop() })
 	r.admin, err = grpc.NewClient("unix:"+r.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
@@ -141,18 +135,22 @@ func newRig(t testing.TB, change ...func(*Config)) *rig {
 	return r
 }
 
+// start starts the server, or another one over the same store.
 func (r *rig) start() {
 	r.t.Helper()
 	var err error
+	if r.cfg.AdminListener, err = unixsocket.Listen(unixsocket.Config{Path: r.socket, Mode: 0o600}); err != nil {
+		r.t.Fatal(err)
+	}
 	if r.server, err = New(r.cfg); err != nil {
 		r.t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	r.done = make(chan error, 1)
-	go func() { r.done <- r.server.Run(ctx) }()
+	done := make(chan error, 1)
+	go func() { done <- r.server.Run(ctx) }()
 	r.stop = sync.OnceFunc(func() {
 		cancel()
-		if err := <-r.done; err != nil {
+		if err := <-done; err != nil {
 			r.t.Errorf("Run: %v", err)
 		}
 	})
@@ -359,9 +357,3 @@ func wantReason(t testing.TB, what string, err error, want types.PermissionDenie
 		t.Errorf("%s: %v with reason %s, want PermissionDenied with %s", what, err, reasonOf(err), want)
 	}
 }
-
-var (
-	_ attest.Verifier
-	_ = bundlev1.NewBundleClient
-	_ = svidv1.NewSVIDClient
-)

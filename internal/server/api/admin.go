@@ -51,7 +51,7 @@ func (s *adminService) CreateJoinToken(ctx context.Context, req *adminv1.CreateJ
 		return nil, registry.Invalidf("%d server addresses, at most %d are allowed", len(servers), maxServers)
 	}
 	token := s.cfg.Tokens.New()
-	join, err := s.cfg.Tokens.Join(servers, s.cfg.TrustDomain, token, s.cfg.Tokens.Pin(s.cfg.CA.Root()))
+	join, err := s.cfg.Tokens.Join(servers, token)
 	if err != nil {
 		return nil, err
 	}
@@ -192,7 +192,7 @@ func (s *adminService) GetStatus(ctx context.Context, _ *adminv1.GetServerStatus
 		ListenAddress: s.cfg.Listen,
 		Nodes:         uint64(s.cfg.State.Nodes()),
 		Entries:       uint64(s.cfg.State.Entries()),
-		Pin:           s.cfg.Tokens.Pin(s.cfg.CA.Root()),
+		Pin:           s.cfg.Tokens.Pin(),
 		Problems:      s.problems(ctx),
 	}
 	err := s.eachToken(ctx, func(*registry.JoinToken) error {

@@ -60,10 +60,10 @@ type Tokens struct {
 	New   func() string                                     // a random token, whole
 	Parse func(token string) (id, secret string, err error) // takes any token apart
 	Hash  func(secret string) []byte                        // what is stored of a secret
-	Pin   func(root *x509.Certificate) string               // names a root in join strings
+	Pin   func() string                                     // names the active root in join strings
 	// Join returns the join string, or registry.ErrInvalid if there can be none
 	// with these servers.
-	Join func(servers []string, td spiffeid.TrustDomain, token, pin string) (string, error)
+	Join func(servers []string, token string) (string, error)
 }
 
 // API answers the RPCs. It is safe for concurrent use.

@@ -1,0 +1,64 @@
+package server
+
+import (
+	"context"
+	"sync"
+
+	"github.com/spiffed/spiffed/internal/registry"
+	"github.com/spiffed/spiffed/internal/store"
+)
+
+// faultyStore is the real store, in whose way a test can get.
+type faultyStore struct {
+	*store.Store
+
+	mu        sync.Mutex
+	hold      chan struct{}        // not nil: the watch waits until it is closed
+	beforePut func(*registry.Node) // runs before a node is stored
+}
+
+func (f *faultyStore) Watch(ctx context.Context, apply func(registry.Change) error) error {
+	return f.Store.Watch(ctx, func(c registry.Change) error {
+		f.mu.Lock()
+		hold := f.hold
+		f.mu.Unlock()
+		if hold != nil && !c.Reset {
+			select {
+			case <-hold:
+			case <-ctx.Done():
+			}
+		}
+		return apply(c)
+	})
+}
+
+func (f *faultyStore) PutNode(ctx context.Context, n *registry.Node) (*registry.Node, error) {
+	f.mu.Lock()
+	before := f.beforePut
+	f.mu.Unlock()
+	if before != nil {
+		before(n)
+	}
+	return f.Store.PutNode(ctx, n)
+}
+
+// onPut has f run before a node is stored; nil: nothing.
+func (f *faultyStore) onPut(before func(*registry.Node)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.beforePut = before
+}
+
+// holdWatch keeps changes from the server until the function returned is called.
+func (f *faultyStore) holdWatch() (release func()) {
+	hold := make(chan struct{})
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.hold = hold
+	return sync.OnceFunc(func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.hold = nil
+		close(hold)
+	})
+}
