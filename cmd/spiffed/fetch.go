@@ -137,7 +137,7 @@ func (w *workload) fetchX509(ctx context.Context, id, dir string) error {
 	if err != nil {
 		return w.explain(err, "fetching X.509-SVIDs")
 	}
-	svids := slices.DeleteFunc(x.SVIDs, func(s *x509svid.SVID) bool { return !isID(s.ID, id) })
+	svids := slices.DeleteFunc(slices.Clone(x.SVIDs), func(s *x509svid.SVID) bool { return !isID(s.ID, id) })
 	if len(svids) == 0 {
 		return noSuchIdentity(id, x.SVIDs)
 	}

@@ -55,7 +55,6 @@ command line that operates them.`,
 		Version: version(),
 	})
 	root.SilenceErrors, root.SilenceUsage = true, true
-	root.SetVersionTemplate("spiffed {{.Version}}\n")
 	flags := root.PersistentFlags()
 	flags.StringVar(&c.output, "output", "text", "`FORM` of what is printed: text for people, json for programs")
 	flags.StringVar(&c.adminSocket, "admin-socket", defaultAdminSocket, "the server's administration `SOCKET` (environment: SPIFFED_ADMIN_SOCKET)")
