@@ -156,6 +156,7 @@ func eventually(t testing.TB, what string, try func() error) {
 
 // fleet is one server and one agent on this host.
 type fleet struct {
+	t testing.TB // whose processes these are; a subtest's end must not stop them
 	dir, admin, workload, agentAdmin string
 	addr                             string
 	serverConfig, agentConfig        string
@@ -195,7 +196,7 @@ func newFleet(t testing.TB, extra string) *fleet {
 		t.Fatal(err)
 	}
 	f := &fleet{
-		dir: dir, addr: freePort(t),
+		t: t, dir: dir, addr: freePort(t),
 		admin:      filepath.Join(dir, "admin.sock"),
 		workload:   filepath.Join(dir, "workload.sock"),
 		agentAdmin: filepath.Join(dir, "agent-admin.sock"),
@@ -236,7 +237,7 @@ func (f *fleet) write(t testing.TB, name, text string) string {
 
 func (f *fleet) startServer(t testing.TB) {
 	t.Helper()
-	f.server = start(t, "server", "run", "--config", f.serverConfig)
+	f.server = start(f.t, "server", "run", "--config", f.serverConfig)
 	eventually(t, "the server answers", func() error {
 		select {
 		case <-f.server.exited:
@@ -253,7 +254,7 @@ func (f *fleet) startServer(t testing.TB) {
 
 func (f *fleet) startAgent(t testing.TB) {
 	t.Helper()
-	f.agent = start(t, "agent", "run", "--config", f.agentConfig)
+	f.agent = start(f.t, "agent", "run", "--config", f.agentConfig)
 	eventually(t, "the agent is ready", func() error {
 		select {
 		case <-f.agent.exited:

@@ -66,8 +66,8 @@ func TestMainJob(t *testing.T) {
 		if _, err := f.ask(t, uidAPI, "validate", "AUDIENCE=other", "TOKEN="+token); err == nil { // JWT-11
 			t.Error("accepted for another audience")
 		}
-		if _, err := f.ask(t, uidNo, "jwt", "AUDIENCE=api"); err == nil {
-			t.Error("a user without an entry got a JWT-SVID")
+		if got, err := f.ask(t, uidNo, "jwt", "AUDIENCE=api"); err == nil || !strings.Contains(err.Error(), "PermissionDenied") { // WAPI-39
+			t.Errorf("a user without an entry got %q, %v, want PermissionDenied", got, err)
 		}
 	})
 

@@ -32,12 +32,7 @@ func workload(role string) error {
 		return nil
 
 	case "jwt": // print a token for AUDIENCE
-		source, err := workloadapi.NewJWTSource(ctx)
-		if err != nil {
-			return err
-		}
-		defer source.Close()
-		svid, err := source.FetchJWTSVID(ctx, jwtsvid.Params{Audience: os.Getenv("AUDIENCE")})
+		svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: os.Getenv("AUDIENCE")}) // a JWTSource would wait for an identity
 		if err != nil {
 			return err
 		}
