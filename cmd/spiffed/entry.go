@@ -341,7 +341,7 @@ func (a *admin) batch(entries []*types.Entry, doing string, send func([]*types.E
 			}
 			e := part[i]
 			item := entryErrorJSON{Index: sent + i, ID: e.Id, SPIFFEID: fromProtoID(e.SpiffeId), Code: code.String(), Message: r.GetStatus().GetMessage()}
-			err := fmt.Errorf("%s entry %s: %s", doing, cmp.Or(item.SPIFFEID, item.ID), cmp.Or(item.Message, item.Code))
+			err := itemError(doing, cmp.Or(item.SPIFFEID, item.ID), item)
 			switch {
 			case code == codes.AlreadyExists && r.GetEntry().GetId() != "":
 				existing := fromProtoEntry(r.GetEntry())
@@ -362,6 +362,15 @@ func (a *admin) batch(entries []*types.Entry, doing string, send func([]*types.E
 		return failed
 	}
 	return err
+}
+
+// itemError is the error of one item, which the server's text may name already.
+func itemError(doing, subject string, item entryErrorJSON) error {
+	text := cmp.Or(item.Message, item.Code)
+	if strings.Contains(text, subject) {
+		return errors.New(text)
+	}
+	return fmt.Errorf("%s entry %s: %s", doing, subject, text)
 }
 
 // summary is an entry in one line.
@@ -613,7 +622,7 @@ func (a *admin) deleteEntries(ctx context.Context, ids []string) error {
 				item.ID = part[i]
 			}
 			errored = append(errored, item)
-			err := fmt.Errorf("deleting entry %q: %s", item.ID, cmp.Or(item.Message, item.Code))
+			err := itemError("deleting", item.ID, item)
 			if code == codes.NotFound {
 				err = withHint(err, "the entries: spiffed entry list")
 			}

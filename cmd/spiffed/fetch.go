@@ -175,7 +175,7 @@ func (w *workload) fetchX509(ctx context.Context, id, dir string) error {
 				field{"Serial", out[i].Serial},
 				field{"Key", out[i].Key},
 				field{"DNS names", strings.Join(out[i].DNSNames, ", ")},
-				field{"Chain", fmt.Sprintf("%d certificates", len(s.Certificates))},
+				field{"Chain length", fmt.Sprint(len(s.Certificates))},
 				field{"Bundles", bundleText(x)})
 		}
 	})

@@ -80,11 +80,8 @@ SPIRE's agents take the bare token: the field "token" of --output json.`,
 
 func (a *admin) createToken(ctx context.Context, req *adminv1.CreateJoinTokenRequest) error {
 	resp, err := adminv1.NewServerClient(a.conn).CreateJoinToken(ctx, req)
-	if err = a.at.explain(err, "making a join token"); err != nil {
-		if codeOf(err) == codes.AlreadyExists {
-			return withHint(err, "another node has that name: spiffed token list; choose another one, or evict that node")
-		}
-		return err
+	if err != nil {
+		return a.at.explain(err, "making a join token")
 	}
 	t := fromProtoToken(resp.Info)
 	err = a.print(struct {
@@ -162,11 +159,8 @@ touched: for that, see "spiffed node ban" and "spiffed node evict".`,
 			return c.withAdmin(cmd.Context(), func(ctx context.Context, a *admin) error {
 				_, err := adminv1.NewServerClient(a.conn).RevokeJoinToken(ctx, &adminv1.RevokeJoinTokenRequest{Id: id})
 				if err = a.at.explain(err, "revoking the join token"); err != nil {
-					switch codeOf(err) {
-					case codes.NotFound:
+					if codeOf(err) == codes.NotFound {
 						return withHint(err, "the tokens: spiffed token list")
-					case codes.FailedPrecondition:
-						return withHint(err, "to end the node that used it: spiffed node ban NODE")
 					}
 					return err
 				}
