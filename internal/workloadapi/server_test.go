@@ -53,7 +53,7 @@ func TestMain(m *testing.M) {
 		f, err := c.(*net.UnixConn).File()
 		fail(err)
 		cmd := exec.Command("/proc/self/exe")
-		cmd.Env = []string{"ROLE=use"}
+		cmd.Env = []string{"ROLE=use", "GORACE=atexit_sleep_ms=0"} // else the race detector sleeps
 		cmd.ExtraFiles = []*os.File{f}
 		cmd.Stdout = os.Stdout
 		fail(cmd.Start())
@@ -430,7 +430,11 @@ func TestNoLeak(t *testing.T) {
 	}
 	runtime.GC()
 	files, goroutines := openFiles(t), runtime.NumGoroutine()
-	for range 2000 {
+	rounds := 2000
+	if testing.Short() {
+		rounds = 300
+	}
+	for range rounds {
 		round()
 	}
 	eventually(t, fmt.Sprintf("no more than %d files and %d goroutines", files, goroutines), func() bool {
