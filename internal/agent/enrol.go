@@ -186,7 +186,7 @@ func (a *Agent) attestTo(ctx context.Context, addr string, key crypto.Signer, ro
 		return err
 	}
 	a.log.Info("attested", "type", "audit", "agent_id", next.agentID, "attestor", a.cfg.Prover.Type(), "address", addr,
-		"serial_num", next.chain[0].SerialNumber, "expires_at", expiry(next.chain))
+		"serial_num", next.chain[0].SerialNumber.String(), "expires_at", expiry(next.chain))
 	return nil
 }
 
@@ -351,7 +351,7 @@ func (a *Agent) renew(ctx context.Context) error {
 			return err
 		}
 		a.renewAt = renewalTime(next.obtainedAt, expiry(next.chain))
-		a.log.Info("renewed the agent's SVID", "agent_id", next.agentID, "serial_num", next.chain[0].SerialNumber, "expires_at", expiry(next.chain))
+		a.log.Info("renewed the agent's SVID", "agent_id", next.agentID, "serial_num", next.chain[0].SerialNumber.String(), "expires_at", expiry(next.chain))
 		return nil
 	})
 	if reasonOf(err) == mustProve {

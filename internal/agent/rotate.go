@@ -229,7 +229,7 @@ func (a *Agent) takeSVID(l *link, e *registry.Entry, key crypto.Signer, result *
 	a.held[e.ID] = h
 	delete(a.retries, e.ID)
 	delete(a.warned, "sign "+e.ID)
-	a.log.Debug("got an SVID", "entry_id", e.ID, "spiffe_id", got.id, "serial_num", got.chain[0].SerialNumber, "expires_at", h.expires)
+	a.log.Debug("got an SVID", "entry_id", e.ID, "spiffe_id", got.id, "serial_num", got.chain[0].SerialNumber.String(), "expires_at", h.expires)
 }
 
 // makeKeys makes up to n keys side by side, and at least one.
