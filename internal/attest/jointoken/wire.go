@@ -109,7 +109,7 @@ func CheckPin(pin string) error {
 	b64, ok := strings.CutPrefix(pin, pinPrefix)
 	raw, err := base64.RawURLEncoding.Strict().DecodeString(b64)
 	if !ok || err != nil || len(raw) != sha256.Size {
-		return registry.Invalidf("pin %q: want %sand 43 characters of base64url", pin, pinPrefix)
+		return registry.Invalidf("pin %q: want %s and then 43 characters of base64url", pin, pinPrefix)
 	}
 	return nil
 }
