@@ -39,7 +39,7 @@ func (a *API) updateNode(ctx context.Context, id spiffeid.ID, change func(*regis
 	for range maxConflicts {
 		before, err := a.cfg.Store.GetNode(ctx, id)
 		if err != nil {
-			return nil, fmt.Errorf("reading node %q: %w", id, err)
+			return nil, err
 		}
 		n := before.Clone()
 		switch err := change(n); {
@@ -53,7 +53,7 @@ func (a *API) updateNode(ctx context.Context, id spiffeid.ID, change func(*regis
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("storing node %q: %w", id, err)
+			return nil, err
 		}
 		return stored, a.cfg.State.awaitNode(ctx, stored, false)
 	}
@@ -222,7 +222,7 @@ func (s *agentService) GetAgent(ctx context.Context, req *agentv1.GetAgentReques
 	}
 	n, err := s.cfg.Store.GetNode(ctx, id)
 	if err != nil {
-		return nil, fmt.Errorf("agent %q: %w", id, err)
+		return nil, err
 	}
 	return agentToProto(n, req.OutputMask), nil
 }
@@ -235,11 +235,11 @@ func (s *agentService) DeleteAgent(ctx context.Context, req *agentv1.DeleteAgent
 	}
 	before, err := s.cfg.Store.GetNode(ctx, id)
 	if err != nil {
-		return nil, fmt.Errorf("agent %q: %w", id, err)
+		return nil, err
 	}
 	s.attempts.evict(id)
 	if err := s.cfg.Store.DeleteNode(ctx, id); err != nil {
-		return nil, fmt.Errorf("evicting agent %q: %w", id, err)
+		return nil, err
 	}
 	s.audit(ctx, "evicted agent", slog.String("agent_id", id.String()))
 	return &emptypb.Empty{}, s.cfg.State.awaitNoNode(ctx, before)

@@ -171,7 +171,7 @@ func (s *agentService) admit(ctx context.Context, attempt *attempt, attestor str
 	case err == nil && before.Banned:
 		return nil, banned()
 	case err != nil && !errors.Is(err, registry.ErrNotFound):
-		return nil, fmt.Errorf("reading node %q: %w", id, err)
+		return nil, err
 	}
 	svid, next, err := s.signAgent(ctx, id, csr)
 	if err != nil {
@@ -185,7 +185,7 @@ func (s *agentService) admit(ctx context.Context, attempt *attempt, attestor str
 		case err == nil:
 			n = before.Clone()
 		case !errors.Is(err, registry.ErrNotFound):
-			return nil, fmt.Errorf("reading node %q: %w", id, err)
+			return nil, err
 		}
 		if n.Serial != "" && now().Before(n.ExpiresAt) {
 			// Should this reply be lost, the agent still has the SVID before.
@@ -202,7 +202,7 @@ func (s *agentService) admit(ctx context.Context, attempt *attempt, attestor str
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("storing node %q: %w", id, err)
+			return nil, err
 		}
 		if s.attempts.isEvicted(attempt, id) {
 			if err := s.cfg.Store.DeleteNode(ctx, id); err != nil && !errors.Is(err, registry.ErrNotFound) {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -227,7 +228,7 @@ func (s *entryService) GetEntry(ctx context.Context, req *entryv1.GetEntryReques
 	}
 	e, err := s.cfg.Store.GetEntry(ctx, req.Id)
 	if err != nil {
-		return nil, fmt.Errorf("entry %q: %w", req.Id, err)
+		return nil, err
 	}
 	return entryToProto(e, req.OutputMask), nil
 }
@@ -247,8 +248,11 @@ func (s *entryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchC
 		entries, place = append(entries, e), append(place, i)
 	}
 	created := make([]*registry.Entry, 0, len(entries))
-	if len(entries) > 0 {
-		for i, r := range s.cfg.Store.CreateEntries(ctx, entries) {
+	for len(entries) > 0 {
+		// The store tries all at once. Of two that exclude each other the first
+		// is to win, so the other waits for the next round.
+		now, nowPlace, later, laterPlace := firstOfEach(entries, place)
+		for i, r := range s.cfg.Store.CreateEntries(ctx, now) {
 			result := &entryv1.BatchCreateEntryResponse_Result{}
 			switch {
 			case errors.Is(r.Err, registry.ErrConflict):
@@ -257,17 +261,49 @@ func (s *entryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchC
 					result.Entry = entryToProto(r.Entry, req.OutputMask)
 				}
 			case r.Err != nil:
-				result.Status = s.itemStatus(fmt.Errorf("creating entry: %w", r.Err))
+				result.Status = s.itemStatus(r.Err)
 			default:
 				result.Status = s.itemStatus(nil)
 				result.Entry = entryToProto(r.Entry, req.OutputMask)
 				created = append(created, r.Entry)
 				s.auditEntry(ctx, "created entry", r.Entry)
 			}
-			results[place[i]] = result
+			results[nowPlace[i]] = result
 		}
+		entries, place = later, laterPlace
 	}
 	return &entryv1.BatchCreateEntryResponse{Results: results}, s.await(s.cfg.State.awaitEntries(ctx, created))
+}
+
+// firstOfEach parts entries (and their places) into those that can be stored
+// side by side, and those that have the ID or the contents of an earlier one.
+func firstOfEach(entries []*registry.Entry, place []int) (now []*registry.Entry, nowPlace []int, later []*registry.Entry, laterPlace []int) {
+	seen := make(map[string]bool, 2*len(entries))
+	var key strings.Builder
+	for i, e := range entries {
+		key.Reset()
+		for _, part := range [...]string{e.ParentID.String(), e.SPIFFEID.String()} {
+			key.WriteString(part)
+			key.WriteByte(0)
+		}
+		for _, sel := range e.Selectors {
+			key.WriteString(sel.Type)
+			key.WriteByte(0)
+			key.WriteString(sel.Value)
+			key.WriteByte(0)
+		}
+		contents := key.String()
+		if seen[contents] || e.ID != "" && seen[e.ID] {
+			later, laterPlace = append(later, e), append(laterPlace, place[i])
+			continue
+		}
+		seen[contents] = true
+		if e.ID != "" {
+			seen[e.ID] = true // no contents look like an ID: they begin with a scheme
+		}
+		now, nowPlace = append(now, e), append(nowPlace, place[i])
+	}
+	return now, nowPlace, later, laterPlace
 }
 
 // await makes nothing of a change to entries that takes its time to come into
@@ -326,7 +362,7 @@ func (s *entryService) updateEntry(ctx context.Context, p *types.Entry, mask *ty
 	for range maxConflicts {
 		before, err := s.cfg.Store.GetEntry(ctx, p.Id)
 		if err != nil {
-			return nil, fmt.Errorf("entry %q: %w", p.Id, err)
+			return nil, err
 		}
 		if before.Revision == revision {
 			// Nobody changed it meanwhile, so another entry stands in the way.
@@ -342,7 +378,7 @@ func (s *entryService) updateEntry(ctx context.Context, p *types.Entry, mask *ty
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("updating entry %q: %w", p.Id, err)
+			return nil, err
 		}
 		return stored, nil
 	}
@@ -356,9 +392,7 @@ func (s *entryService) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchD
 		id := req.Ids[i]
 		err := registry.CheckEntryID(id)
 		if err == nil {
-			if err = s.cfg.Store.DeleteEntry(ctx, id); err != nil {
-				err = fmt.Errorf("deleting entry %q: %w", id, err)
-			} else {
+			if err = s.cfg.Store.DeleteEntry(ctx, id); err == nil {
 				s.audit(ctx, "deleted entry", slog.String("entry_id", id))
 			}
 		}
