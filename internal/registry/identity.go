@@ -61,7 +61,7 @@ type Source interface {
 	// a channel that is closed when the answer may have changed. It returns
 	// ErrNotReady while the agent has nothing to serve from, or while an SVID
 	// for a matching entry is still being signed and no other can be given;
-	// the channel is then good as well.
+	// the channel is then good as well, or nil if there is nothing to wait for.
 	Current(selectors []Selector) (*Update, <-chan struct{}, error)
 	// JWTSVIDs returns a JWT-SVID for each identity of the process, or for the
 	// one with that ID if it is not zero. ErrNotEntitled if there is none.
