@@ -18,6 +18,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 )
 
@@ -408,5 +409,58 @@ func TestConfigIsChecked(t *testing.T) {
 		if _, err := New(cfg); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("want %q, have %v", want, err)
 		}
+	}
+}
+
+// The pinned root was replaced, as for a theft. Whoever has its key must not
+// get this agent by the old pin in its configuration.
+func TestOldPinIsNotGoneBackTo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		old, next := newTestCA(t, td), newTestCA(t, td)
+		f := newFake(t, old, false)
+		cfg := config(t, f)
+		n := start(t, f, cfg)
+		<-n.Ready()
+		f.set(func() {
+			f.ca = next
+			f.trust.X509Authorities = append(f.trust.X509Authorities, next.bundle(t).X509Authorities...)
+			f.trust.X509Authorities[0].Tainted = true
+		})
+		f.setIdentity(svidTemplate(spiffeid.RequireFromPath(td, "/spire/server"), 24*time.Hour))
+		time.Sleep(time.Minute)
+		f.set(func() { f.trust.X509Authorities = f.trust.X509Authorities[1:] })
+		time.Sleep(time.Minute)
+		if s := n.status(); s.State != "ready" || !n.identity().bundle.X509Authorities[0].Certificate.Equal(next.root) {
+			t.Fatalf("status %v", s)
+		}
+		n.stop()
+
+		thief := newFake(t, old, false)
+		thief.stranger = true
+		n = start(t, thief, cfg)
+		time.Sleep(10 * time.Minute)
+		if s := n.status(); !strings.Contains(s.LastError, "by an authority that this agent does not know") {
+			t.Errorf("status %v", s)
+		}
+		n.stop()
+		n = start(t, f, cfg)
+		<-n.Ready()
+	})
+}
+
+// On real sockets: connections that the server ends by age, again and again.
+func TestConnectionAge(t *testing.T) {
+	f := newFake(t, newTestCA(t, td), true, keepalive.ServerParameters{MaxConnectionAge: 30 * time.Millisecond, MaxConnectionAgeGrace: time.Second})
+	cfg := config(t, f)
+	cfg.SyncInterval = time.Millisecond
+	f.add(testEntry(0))
+	n := start(t, f, cfg)
+	<-n.Ready()
+	for i := 1; i < 8; i++ {
+		f.add(testEntry(i))
+		n.await(uid(fmt.Sprint(i)), "the next entry", identities(1))
+	}
+	if s := n.status(); s.State != "ready" || strings.Contains(n.log.String(), "level=WARN") {
+		t.Errorf("status %v", s)
 	}
 }

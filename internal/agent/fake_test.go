@@ -205,8 +205,10 @@ const testToken = "token-1"
 
 // newFake makes a server for agents of the same test: on TCP, or in memory for
 // a synctest bubble.
-func newFake(t testing.TB, ca *testCA, tcp bool) *fakeServer {
+func newFake(t testing.TB, ca *testCA, tcp bool, keep ...keepalive.ServerParameters) *fakeServer {
 	t.Helper()
+	// As SPIRE's server: agents must live with GOAWAY.
+	keep = append(keep, keepalive.ServerParameters{MaxConnectionAge: 3 * time.Minute})
 	f := &fakeServer{
 		t: t, ca: ca,
 		trust:     ca.bundle(t),
@@ -252,8 +254,7 @@ func newFake(t testing.TB, ca *testCA, tcp bool) *fakeServer {
 		},
 	}
 	f.srv = grpc.NewServer(grpc.Creds(credentials.NewTLS(cfg)),
-		// As SPIRE's server: agents must live with GOAWAY.
-		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: 3 * time.Minute}),
+		grpc.KeepaliveParams(keep[0]),
 		grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 			if err := f.admit(ctx, info.FullMethod); err != nil {
 				return nil, err
