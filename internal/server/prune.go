@@ -25,7 +25,7 @@ const (
 func (s *Server) prune(ctx context.Context) {
 	ticker := time.NewTicker(expiryEvery)
 	defer ticker.Stop()
-	clock := wallClock{seen: time.Now()}
+	clock := newWallClock(time.Now())
 	var pruned, prunedTokens time.Time // by the monotonic clock
 	for {
 		select {
@@ -56,17 +56,22 @@ func (s *Server) prune(ctx context.Context) {
 // wallClock notices when wall time goes another way than the monotonic clock,
 // which happens when it is set, and when the machine slept.
 type wallClock struct {
-	seen   time.Time // with its monotonic reading
-	jumped time.Time // zero: never
+	wall, mono time.Time // when it was looked at last: without and with the monotonic reading
+	jumped     time.Time // by the monotonic clock; zero: never
 }
 
-func (c *wallClock) look(now time.Time) (jump time.Duration) {
-	jump = now.Round(0).Sub(c.seen.Round(0)) - now.Sub(c.seen)
-	c.seen = now
+func newWallClock(now time.Time) *wallClock { return &wallClock{wall: now.Round(0), mono: now} }
+
+func (c *wallClock) look(now time.Time) (jump time.Duration) { return c.jumpTo(now.Round(0), now) }
+
+// jumpTo is look with the wall time and the monotonic clock apart.
+func (c *wallClock) jumpTo(wall, mono time.Time) (jump time.Duration) {
+	jump = wall.Sub(c.wall) - mono.Sub(c.mono)
+	c.wall, c.mono = wall, mono
 	if jump.Abs() <= maxJump {
 		return 0
 	}
-	c.jumped = now
+	c.jumped = mono
 	return jump
 }
 
