@@ -14,9 +14,12 @@ import (
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
-// Entries of one call that are on their way at once; the engine commits them
-// together.
-const entriesInFlight = 512
+// How the entries of one call are on their way: in batches, and those at once,
+// for the engine to commit together.
+const (
+	entriesPerBatch = MaxBatchOps / 2
+	chunksInFlight  = 32
+)
 
 func entryKey(id string) string { return entryPrefix + id }
 
@@ -76,12 +79,13 @@ func (s *Store) loadEntry(ctx context.Context, id string) (record[*registry.Entr
 // CreateEntries stores entries, each on its own. See api.Store.
 func (s *Store) CreateEntries(ctx context.Context, entries []*registry.Entry) []registry.EntryResult {
 	results := make([]registry.EntryResult, len(entries))
-	slots := make(chan struct{}, entriesInFlight)
+	slots := make(chan struct{}, chunksInFlight)
 	var wg sync.WaitGroup
-	for i, e := range entries {
+	for start := 0; start < len(entries); start += entriesPerBatch {
+		end := min(start+entriesPerBatch, len(entries))
 		slots <- struct{}{}
 		wg.Go(func() {
-			results[i].Entry, results[i].Err = s.createEntry(ctx, e.Clone())
+			s.createChunk(ctx, entries[start:end], results[start:end])
 			<-slots
 		})
 	}
@@ -89,22 +93,61 @@ func (s *Store) CreateEntries(ctx context.Context, entries []*registry.Entry) []
 	return results
 }
 
-// createEntry takes e over. With ErrConflict it returns what stands in the way.
-func (s *Store) createEntry(ctx context.Context, e *registry.Entry) (*registry.Entry, error) {
-	cmps, ops, err := s.newEntry(e)
-	if err != nil {
-		return nil, err
+// newEntry is an entry on its way into the store.
+type newEntry struct {
+	entry *registry.Entry
+	cmps  []Cmp
+	ops   []Op
+}
+
+// createChunk tries all entries in one batch, which is most often good: it
+// costs less, and watchers get one change instead of many. If one of them
+// cannot be, each is tried by itself.
+func (s *Store) createChunk(ctx context.Context, entries []*registry.Entry, results []registry.EntryResult) {
+	news := make([]*newEntry, len(entries))
+	var all Batch
+	for i, e := range entries {
+		if news[i], results[i].Err = s.prepareEntry(e.Clone()); news[i] != nil {
+			all.Cmps = append(all.Cmps, news[i].cmps...)
+			all.Ops = append(all.Ops, news[i].ops...)
+		}
 	}
+	if len(entries) > 1 && all.Check() == nil { // not too big, and none twice
+		if ok, rev, err := s.txn(ctx, all.Cmps, all.Ops); ok || err != nil {
+			for i, n := range news {
+				switch {
+				case n == nil:
+				case err != nil:
+					results[i].Err = fmt.Errorf("creating entry %q: %w", n.entry.ID, err)
+				default:
+					n.entry.Revision = rev
+					results[i].Entry = n.entry
+				}
+			}
+			return
+		}
+	}
+	var wg sync.WaitGroup
+	for i, n := range news {
+		if n != nil {
+			wg.Go(func() { results[i].Entry, results[i].Err = s.createEntry(ctx, n) })
+		}
+	}
+	wg.Wait()
+}
+
+// createEntry returns, with ErrConflict, what stands in the way.
+func (s *Store) createEntry(ctx context.Context, n *newEntry) (*registry.Entry, error) {
 	for range maxAttempts {
-		ok, rev, err := s.txn(ctx, cmps, ops)
+		ok, rev, err := s.txn(ctx, n.cmps, n.ops)
 		if err != nil {
-			return nil, fmt.Errorf("creating entry %q: %w", e.ID, err)
+			return nil, fmt.Errorf("creating entry %q: %w", n.entry.ID, err)
 		}
 		if ok {
-			e.Revision = rev
-			return e, nil
+			n.entry.Revision = rev
+			return n.entry, nil
 		}
-		other, err := s.entryInTheWay(ctx, e)
+		other, err := s.entryInTheWay(ctx, n.entry)
 		if err == nil {
 			return other, fmt.Errorf("entry %q: %w", other.ID, registry.ErrConflict)
 		}
@@ -112,22 +155,22 @@ func (s *Store) createEntry(ctx context.Context, e *registry.Entry) (*registry.E
 			return nil, err
 		} // else it is gone again
 	}
-	return nil, fmt.Errorf("creating entry %q: others keep getting ahead: %w", e.ID, registry.ErrConflict)
+	return nil, fmt.Errorf("creating entry %q: others keep getting ahead: %w", n.entry.ID, registry.ErrConflict)
 }
 
-// newEntry completes e and returns the batch that creates it.
-func (s *Store) newEntry(e *registry.Entry) ([]Cmp, []Op, error) {
+// prepareEntry takes e over, completes it and makes the batch that creates it.
+func (s *Store) prepareEntry(e *registry.Entry) (*newEntry, error) {
 	e.ID = cmp.Or(e.ID, newID())
 	e.CreatedAt = time.Now().UTC().Truncate(time.Second)
 	if err := e.Validate(s.td); err != nil {
-		return nil, nil, fmt.Errorf("entry %q: %w", e.ID, err)
+		return nil, fmt.Errorf("entry %q: %w", e.ID, err)
 	}
 	op, err := putEntry(e)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	same := sameEntryKey(e)
-	return []Cmp{{Key: entryKey(e.ID)}, {Key: same}}, []Op{op, Put(same, []byte(e.ID))}, nil
+	return &newEntry{e, []Cmp{{Key: op.Key}, {Key: same}}, []Op{op, Put(same, []byte(e.ID))}}, nil
 }
 
 // entryInTheWay finds the entry with e's ID, or for the same as e.

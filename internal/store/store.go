@@ -87,11 +87,15 @@ func putJSON(key string, v any) (Op, error) {
 	return Put(key, data), nil
 }
 
-// txn sends a batch until its outcome is known.
+// txn sends a batch until its outcome is known. What is too big for the engine
+// came from outside.
 func (s *Store) txn(ctx context.Context, cmps []Cmp, ops []Op) (bool, int64, error) {
 	b := Batch{ID: rand.Text(), Cmps: cmps, Ops: ops}
 	for attempt := 1; ; attempt++ {
 		ok, rev, err := s.engine.Txn(ctx, b)
+		if errors.Is(err, ErrBadRequest) {
+			return false, 0, registry.Invalidf("%w", err)
+		}
 		if !errors.Is(err, ErrUnknown) || ctx.Err() != nil || attempt == 3 {
 			return ok, rev, err
 		}

@@ -215,6 +215,49 @@ func TestEntryConflicts(t *testing.T) {
 	}
 }
 
+// An entry too big for the engine is the caller's mistake, and does not hold up
+// the others of its call; nor does one that is there already.
+func TestEntriesOfOneCall(t *testing.T) {
+	s, _ := open(t, bolt.Options{})
+	huge := entry("/huge", "unix:uid:1")
+	for i := range 63 {
+		huge.Selectors = append(huge.Selectors, registry.Selector{Type: "unix", Value: fmt.Sprintf("path:/%02d%s", i, strings.Repeat("x", 8000))})
+	}
+	huge.Normalize()
+	there := create(t, s, entry("/there", "unix:uid:1"))
+	batch := []*registry.Entry{huge, there}
+	for i := range 100 {
+		e := entry(fmt.Sprint("/w/", i), "unix:uid:1")
+		e.Hint = strings.Repeat("h", registry.MaxHintLen)
+		for j := range 8 { // together too big for one batch
+			e.Selectors = append(e.Selectors, registry.Selector{Type: "unix", Value: fmt.Sprint("path:/", j, strings.Repeat("x", 4000))})
+		}
+		e.Normalize()
+		batch = append(batch, e)
+	}
+	for i, r := range s.CreateEntries(t.Context(), batch) {
+		switch i {
+		case 0:
+			wantErr(t, r.Err, registry.ErrInvalid)
+		case 1:
+			wantErr(t, r.Err, registry.ErrConflict)
+			same(t, r.Entry, there)
+		default:
+			if r.Err != nil || r.Entry.SPIFFEID != batch[i].SPIFFEID {
+				t.Fatalf("entry %d: %v, %v", i, r.Entry, r.Err)
+			}
+		}
+	}
+	if r := s.CreateEntries(t.Context(), nil); len(r) != 0 {
+		t.Errorf("no entries: %v", r)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, r := range s.CreateEntries(ctx, []*registry.Entry{entry("/a", "a:b"), entry("/b", "a:b")}) {
+		wantErr(t, r.Err, context.Canceled)
+	}
+}
+
 // Of many that want the same place, at once and in one call, one gets it.
 func TestEntryRace(t *testing.T) {
 	s, _ := open(t, bolt.Options{})

@@ -52,12 +52,12 @@ func (s *Store) CreateJoinToken(ctx context.Context, t *registry.JoinToken, alia
 	}
 	cmps, ops := []Cmp{{Key: tokenKey(t.ID)}}, []Op(nil)
 	if alias != nil {
-		aliasCmps, aliasOps, err := s.newEntry(alias)
+		n, err := s.prepareEntry(alias)
 		if err != nil {
 			return err
 		}
 		t.AliasEntry = alias.ID
-		cmps, ops = append(cmps, aliasCmps...), aliasOps
+		cmps, ops = append(cmps, n.cmps...), n.ops
 	}
 	op, err := putJSON(tokenKey(t.ID), t)
 	if err != nil {

@@ -40,14 +40,13 @@ const (
 	MinMaxSize     = 16 << 20 // bytes
 
 	historyBytes = 32 << 20 // the history is trimmed earlier if its records are big
-	allocSize    = 4 << 20  // the file grows by this; also what the quota keeps back for deletes
 	lockTimeout  = time.Second
 )
 
 // Options of Open. The zero value is good.
 type Options struct {
 	// MaxSize is a quota for the file in bytes, at least MinMaxSize; 0: none.
-	// Deleting still works when it is reached.
+	// Deleting still works when it or the disk is full.
 	MaxSize int64
 	// History is how many revisions are kept for watches to resume from, and
 	// for batches to be recognised when they are sent again; 0: DefaultHistory.
@@ -61,8 +60,9 @@ type Engine struct {
 	path    string
 	file    *os.File // owned by db
 	db      *bbolt.DB
-	maxSize int
-	history int64
+	maxSize int64
+	log     *slog.Logger
+	keep    history
 
 	wake    chan struct{} // cap 1: there is something for the writer
 	closing chan struct{} // closed by Close
@@ -77,13 +77,19 @@ type Engine struct {
 	leases  map[string]*election
 
 	// owned by the writer
-	ids    map[string]int64 // batch IDs in the history, with their revisions
-	idFIFO []idRev          // the same, oldest first
+	size     int64            // of the file
+	noRoom   error            // why the file could not grow for the present commit
+	logBytes int64            // size of the history
+	ids      map[string]int64 // batch IDs in the history, with their revisions
+	idFIFO   []idRev          // the same, oldest first
 
 	afterCommit func() // tests look at the file here; called by the writer
 }
 
 var _ store.Engine = (*Engine)(nil)
+
+// history is how much of the log is kept, whichever ends first.
+type history struct{ revisions, bytes int64 }
 
 type idRev struct {
 	id  string
@@ -127,7 +133,11 @@ func open(path string, opts Options, verify func(*os.File) error) (*Engine, erro
 	}
 	removeLeftovers(path)
 
-	head, err := readHeader(f)
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	head, err := readHeader(f, info.Size())
 	if err != nil {
 		return nil, err
 	}
@@ -155,14 +165,19 @@ func open(path string, opts Options, verify func(*os.File) error) (*Engine, erro
 		path:    path,
 		file:    f,
 		db:      db,
-		maxSize: int(opts.MaxSize),
-		history: int64(opts.History),
+		maxSize: opts.MaxSize,
+		log:     opts.Log,
+		size:    info.Size(),
+		keep:    history{int64(opts.History), historyBytes},
 		wake:    make(chan struct{}, 1),
 		closing: make(chan struct{}),
 		stopped: make(chan struct{}),
 		changed: make(chan struct{}),
 		leases:  map[string]*election{},
 		ids:     map[string]int64{},
+	}
+	if e.maxSize > 0 {
+		e.keep.bytes = min(historyBytes, opts.MaxSize/8)
 	}
 	if err := e.load(); err != nil {
 		return nil, errors.Join(err, db.Close())
@@ -183,7 +198,7 @@ func (e *Engine) load() (err error) {
 		if err != nil {
 			return err
 		}
-		e.rev = st.rev
+		e.rev, e.logBytes = st.rev, st.logBytes
 		c := tx.Bucket(bucketLog).Cursor()
 		for k, v := c.First(); k != nil; k, v = c.Next() {
 			rec, err := decodeLog(k, v)
@@ -225,10 +240,10 @@ func (e *Engine) Close() error {
 	if err == nil {
 		err = mark.write(e.path) // while the lock is still held
 	}
-	if cerr := e.db.Close(); cerr != nil {
-		err = errors.Join(err, cerr)
+	if err != nil { // a full disk: the next start takes longer
+		e.log.Warn("the store could not be marked as cleanly closed", "path", e.path, "err", err)
 	}
-	if err != nil {
+	if err := e.db.Close(); err != nil {
 		return fmt.Errorf("closing store %q: %w", e.path, err)
 	}
 	return nil
@@ -330,7 +345,7 @@ func openDB(f *os.File, mmapSize int) (db *bbolt.DB, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrDamaged, err) // the lock is ours, so it is not that
 	}
-	db.AllocSize = allocSize
+	db.AllocSize = 0 // the file grows ahead of bbolt, see grow
 	return db, nil
 }
 

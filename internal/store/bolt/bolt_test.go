@@ -1,19 +1,12 @@
 package bolt
 
 import (
-	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/spiffed/spiffed/internal/store"
 	"github.com/spiffed/spiffed/internal/store/storetest"
 )
-
-func TestMain(m *testing.M) {
-	os.Setenv("GORACE", "atexit_sleep_ms=0") // or each child of a -race run sleeps for a second
-	MaybeVerify()
-	os.Exit(m.Run())
-}
 
 func TestEngine(t *testing.T) {
 	storetest.Run(t, func(t testing.TB) store.Engine {

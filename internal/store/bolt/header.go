@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io"
-	"os"
 )
 
 // bbolt keeps two meta pages at the head of the file and writes them in turn;
@@ -51,12 +50,8 @@ type header struct {
 }
 
 // readHeader checks the meta pages and that the file is as long as they say.
-func readHeader(f *os.File) (header, error) {
-	info, err := f.Stat()
-	if err != nil {
-		return header{}, err
-	}
-	if info.Size() == 0 {
+func readHeader(f io.ReaderAt, fileSize int64) (header, error) {
+	if fileSize == 0 {
 		return header{}, fmt.Errorf("%w: the file is empty; remove it to begin with an empty store, or restore it from a backup", ErrDamaged)
 	}
 	raw0, err := readMeta(f, 0)
@@ -88,6 +83,11 @@ func readHeader(f *os.File) (header, error) {
 		if m1.txid > m0.txid {
 			use = m1
 		}
+		// They take turns. (In a file that bbolt copied the order may be the
+		// other way round at first, and then one turn is left out.)
+		if d := max(m0.txid, m1.txid) - min(m0.txid, m1.txid); d != 1 && d != 2 {
+			err = fmt.Errorf("%w: its two meta pages do not go together; restore it from a backup", ErrDamaged)
+		}
 	case m0.valid:
 		use, err = m0, checkTorn(raw1, m0)
 	case m1.valid:
@@ -101,14 +101,14 @@ func readHeader(f *os.File) (header, error) {
 		return header{}, err
 	}
 	want := use.pages * uint64(use.pageSize)
-	if use.pages > 1<<48/uint64(use.pageSize) || uint64(info.Size()) < want {
-		return header{}, fmt.Errorf("%w: the file is %d bytes long, its meta page says at least %d: it was cut short; restore it from a backup", ErrDamaged, info.Size(), want)
+	if use.pages > 1<<48/uint64(use.pageSize) || uint64(fileSize) < want {
+		return header{}, fmt.Errorf("%w: the file is %d bytes long, its meta page says at least %d: it was cut short; restore it from a backup", ErrDamaged, fileSize, want)
 	}
 	return header{use.txid, !m0.valid || !m1.valid}, nil
 }
 
 // readMeta reads a meta page's content, zeroes where the file ends.
-func readMeta(f *os.File, pageAt int64) ([]byte, error) {
+func readMeta(f io.ReaderAt, pageAt int64) ([]byte, error) {
 	b := make([]byte, metaSize)
 	if _, err := f.ReadAt(b, pageAt+pageHeaderSize); err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("reading the meta page at byte %d: %w", pageAt, cause(err))

@@ -50,15 +50,19 @@ type state struct {
 	logBytes int64  // sum of the log's values
 	items    uint64 // how many there are
 	sum      uint64 // sum of their checksums: shows that none vanished or came back
+	txid     uint64 // bbolt's transaction: shows that this is not the past, of which whole trees lie in free pages
 }
 
+const stateSize = 4 + 6*8
+
 func writeState(tx *bbolt.Tx, s state) error {
-	b := make([]byte, 4, 44)
+	b := make([]byte, 4, stateSize)
 	b = binary.BigEndian.AppendUint64(b, uint64(s.rev))
 	b = binary.BigEndian.AppendUint64(b, uint64(s.first))
 	b = binary.BigEndian.AppendUint64(b, uint64(s.logBytes))
 	b = binary.BigEndian.AppendUint64(b, s.items)
 	b = binary.BigEndian.AppendUint64(b, s.sum)
+	b = binary.BigEndian.AppendUint64(b, uint64(tx.ID()))
 	binary.BigEndian.PutUint32(b, checksum(keyState, b[4:]))
 	return tx.Bucket(bucketMeta).Put(keyState, b)
 }
@@ -88,11 +92,11 @@ func checkFormat(b []byte) error {
 }
 
 func decodeState(b []byte) (state, error) {
-	if len(b) != 44 || checksum(keyState, b[4:]) != binary.BigEndian.Uint32(b) {
+	if len(b) != stateSize || checksum(keyState, b[4:]) != binary.BigEndian.Uint32(b) {
 		return state{}, fmt.Errorf("%w: the checksum of its state is wrong", ErrDamaged)
 	}
 	u := func(i int) uint64 { return binary.BigEndian.Uint64(b[4+8*i:]) }
-	return state{int64(u(0)), int64(u(1)), int64(u(2)), u(3), u(4)}, nil
+	return state{int64(u(0)), int64(u(1)), int64(u(2)), u(3), u(4), u(5)}, nil
 }
 
 // newItem makes a record that sealItem completes.

@@ -136,6 +136,9 @@ func verifyFile(f *os.File) (err error) {
 		if err != nil {
 			return err
 		}
+		if st.txid != uint64(tx.ID()) {
+			return fmt.Errorf("%w: it is at transaction %d and says %d of itself; restore it from a backup", ErrDamaged, tx.ID(), st.txid)
+		}
 		if err := verifyItems(tx, st); err != nil {
 			return err
 		}

@@ -1,13 +1,12 @@
 package bolt
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"runtime/debug"
-	"strings"
 	"sync/atomic"
-	"syscall"
 
 	"go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
@@ -153,15 +152,13 @@ func (e *Engine) commitGroup(group []*request) {
 	err := e.broken
 	e.mu.Unlock()
 	if err == nil {
-		quota := e.maxSize
-		if quota > 0 {
-			quota -= allocSize
+		err = e.commit(group, e.keep, reserve)
+		for errors.Is(err, store.ErrFull) && e.forget() {
+			err = e.commit(group, e.keep, reserve)
 		}
-		err = e.commit(group, quota)
 	}
 	if errors.Is(err, store.ErrFull) {
-		// Only what makes room has a chance, and it may use what the quota
-		// keeps back.
+		// Only what makes room has a chance, and it may use the reserve.
 		var deletes []*request
 		for _, r := range group {
 			if r.onlyDeletes() {
@@ -174,7 +171,7 @@ func (e *Engine) commitGroup(group []*request) {
 			return
 		}
 		group = deletes
-		err = e.commit(group, e.maxSize)
+		err = e.commit(group, e.keep, 0)
 	}
 	for _, r := range group {
 		if err != nil {
@@ -184,15 +181,28 @@ func (e *Engine) commitGroup(group []*request) {
 	}
 }
 
+// forget gives half of the history up to make room, and says whether it did.
+func (e *Engine) forget() bool {
+	if e.logBytes < forgetBytes {
+		return false
+	}
+	return e.commit(nil, history{e.keep.revisions, e.logBytes / 2}, 0) == nil
+}
+
 func (r *request) fail(err error) {
 	r.err = err
 	close(r.done)
 }
 
 // commit applies a group in one transaction of bbolt and syncs it. If it fails,
-// nothing of it happened, unless the error is ErrUnknown.
-func (e *Engine) commit(group []*request, quota int) error {
-	a, err := e.applyAndCommit(group, quota)
+// nothing of it happened, unless the error is ErrUnknown. It leaves that much of
+// the file's room spare.
+func (e *Engine) commit(group []*request, keep history, spare int64) error {
+	a, err := e.applyAndCommit(group, keep, spare, pagesFor(group))
+	for more := pagesFor(group); errors.Is(err, berrors.ErrMaxSizeReached) && e.noRoom == nil; {
+		more *= 4 // pages that hold big values beside what was changed
+		a, err = e.applyAndCommit(group, keep, spare, more)
+	}
 	switch {
 	case err == nil && a == nil:
 		return nil // nothing to write
@@ -204,6 +214,7 @@ func (e *Engine) commit(group []*request, quota int) error {
 			delete(e.ids, e.idFIFO[0].id)
 			e.idFIFO = e.idFIFO[1:]
 		}
+		e.logBytes = a.st.logBytes
 		e.mu.Lock()
 		e.rev = a.st.rev
 		e.announce()
@@ -244,6 +255,9 @@ func (e *Engine) commitFailed(txid int, err error) error {
 		})
 	}()
 	if verr == nil && seen < txid && !errors.Is(err, ErrDamaged) {
+		if errors.Is(err, berrors.ErrMaxSizeReached) {
+			return fmt.Errorf("%w: %w", store.ErrFull, cmp.Or(e.noRoom, err))
+		}
 		return full(err)
 	}
 	err = fmt.Errorf("%w, and no more is written until a restart: %w", store.ErrUnknown, err)
@@ -252,17 +266,6 @@ func (e *Engine) commitFailed(txid int, err error) error {
 	e.broken = errors.New("refuses to work since a commit failed, restart it: " + err.Error())
 	e.endLeases()
 	e.announce()
-	return err
-}
-
-// full recognises the ways a disk or a quota is full. bbolt turns some of the
-// system's errors into text.
-func full(err error) error {
-	for _, e := range []error{syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG, berrors.ErrMaxSizeReached} {
-		if errors.Is(err, e) || strings.Contains(err.Error(), e.Error()) {
-			return fmt.Errorf("%w: %w", store.ErrFull, err)
-		}
-	}
 	return err
 }
 
@@ -275,13 +278,14 @@ type applied struct {
 
 // applyAndCommit returns nil, nil if there was nothing to write, and nil with
 // an error if it failed before Commit.
-func (e *Engine) applyAndCommit(group []*request, quota int) (a *applied, err error) {
+func (e *Engine) applyAndCommit(group []*request, keep history, spare, room int64) (a *applied, err error) {
 	defer catchFault(&err, debug.SetPanicOnFault(true))
-	e.db.MaxSize = quota
 	tx, err := e.db.Begin(true)
 	if err != nil {
 		return nil, err
 	}
+	e.noRoom = e.grow(tx.Size() + room + spare) // there may be free pages, though
+	e.db.MaxSize = int(max(e.size-spare, 1))
 	defer tx.Rollback() // nothing after Commit; and on a panic
 	st, err := readState(tx)
 	if err != nil {
@@ -300,11 +304,11 @@ func (e *Engine) applyAndCommit(group []*request, quota int) (a *applied, err er
 			return nil, w.failed
 		}
 	}
-	if w.st.rev == st.rev {
-		return nil, nil
-	}
-	if err := w.trim(e.history); err != nil {
+	if err := w.trim(keep); err != nil {
 		return nil, err
+	}
+	if w.st == st {
+		return nil, nil
 	}
 	if err := writeState(tx, w.st); err != nil {
 		return nil, err
@@ -403,9 +407,9 @@ func (w *writer) item(key []byte) (modRev int64, crc uint32, err error) {
 }
 
 // trim forgets the oldest revisions.
-func (w *writer) trim(history int64) error {
+func (w *writer) trim(keep history) error {
 	c := w.log.Cursor()
-	for w.st.first < w.st.rev && (w.st.rev-w.st.first >= history || w.st.logBytes > historyBytes) {
+	for w.st.first < w.st.rev && (w.st.rev-w.st.first >= keep.revisions || w.st.logBytes > keep.bytes) {
 		k, v := c.First()
 		if k == nil || string(k) != string(logKey(w.st.first)) {
 			return fmt.Errorf("%w: revision %d is missing; restore it from a backup", ErrDamaged, w.st.first)
