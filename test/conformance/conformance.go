@@ -12,6 +12,7 @@ package conformance
 import (
 	"context"
 	"net"
+	"slices"
 	"testing"
 	"time"
 
@@ -49,15 +50,29 @@ type System interface {
 }
 
 // patience is how long a row may wait for anything.
-const patience = 10 * time.Second
+const patience = 30 * time.Second
 
-// Run runs all rows, each on a system of its own that has no entries yet.
-func Run(t *testing.T, start func(*testing.T) System) {
+// Ability is what a row asks of a System that not every System has yet.
+type Ability string
+
+// Federation is to serve the bundles of other trust domains.
+const Federation Ability = "federation"
+
+// Run runs all rows, each on a system of its own that has no entries yet, but
+// those that need an ability that the system is without. They are named in the
+// log; whoever says so proves that it is so, and that it stops saying so.
+func Run(t *testing.T, start func(*testing.T) System, without ...Ability) {
 	for _, row := range rows {
+		if slices.Contains(without, row.needs) {
+			t.Logf("without %s: %s", row.needs, row.ids)
+			continue
+		}
 		t.Run(row.ids, func(t *testing.T) {
+			t.Parallel()
+			s := &suite{System: start(t), t: t}
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
-			s := &suite{System: start(t), t: t, ctx: ctx}
+			s.ctx = ctx
 			s.WorkloadAPI = workloadpb.NewSpiffeWorkloadAPIClient(s.dial())
 			row.test(s)
 		})
@@ -65,8 +80,9 @@ func Run(t *testing.T, start func(*testing.T) System) {
 }
 
 type row struct {
-	ids  string
-	test func(*suite)
+	ids   string
+	needs Ability // or none
+	test  func(*suite)
 }
 
 var rows []row

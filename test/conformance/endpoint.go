@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
@@ -49,7 +50,7 @@ func invoke(ctx context.Context, conn *grpc.ClientConn, method string) error {
 }
 
 var endpointRows = []row{
-	{"WEP-8,WEP-9,A23: every call needs the security header, once and exactly", func(s *suite) {
+	{"WEP-8,WEP-9,A23: every call needs the security header, once and exactly", "", func(s *suite) {
 		s.Put(s.entry("web", own))
 		conn := s.dial()
 		for _, method := range methods {
@@ -59,7 +60,7 @@ var endpointRows = []row{
 			}
 		}
 	}},
-	{"WEP-3,WEP-10,WEP-15,WEP-17,WAPI-1,WAPI-5: all five RPCs answer a bare client", func(s *suite) {
+	{"WEP-3,WEP-10,WEP-15,WEP-17,WAPI-1,WAPI-5: all five RPCs answer a bare client", "", func(s *suite) {
 		s.Put(s.entry("web", own))
 		open(s, s.WorkloadAPI.FetchX509SVID)
 		open(s, s.WorkloadAPI.FetchX509Bundles)
@@ -67,21 +68,32 @@ var endpointRows = []row{
 		svids := must[*workloadpb.JWTSVIDResponse](s)(s.WorkloadAPI.FetchJWTSVID(s.call(), &workloadpb.JWTSVIDRequest{Audience: []string{"a"}}))
 		must[*workloadpb.ValidateJWTSVIDResponse](s)(s.WorkloadAPI.ValidateJWTSVID(s.call(), &workloadpb.ValidateJWTSVIDRequest{Audience: "a", Svid: svids.Svids[0].Svid}))
 	}},
-	{"WEP-19: not ready is Unavailable", func(s *suite) {
+	{"WEP-19: not ready is Unavailable", "", func(s *suite) {
 		s.Put(s.entry("web", own))
 		token := s.Token("JWT", s.claims(nil))
 		s.SetReady(false)
-		s.wantCode("FetchX509SVID", openError(s.call(), s.WorkloadAPI.FetchX509SVID), codes.Unavailable)
-		s.wantCode("FetchX509Bundles", openError(s.call(), s.WorkloadAPI.FetchX509Bundles), codes.Unavailable)
-		s.wantCode("FetchJWTBundles", openError(s.call(), s.WorkloadAPI.FetchJWTBundles), codes.Unavailable)
-		_, err := s.WorkloadAPI.FetchJWTSVID(s.call(), &workloadpb.JWTSVIDRequest{Audience: []string{"a"}})
-		s.wantCode("FetchJWTSVID", err, codes.Unavailable)
-		_, err = s.WorkloadAPI.ValidateJWTSVID(s.call(), &workloadpb.ValidateJWTSVIDRequest{Audience: "a", Svid: token})
-		s.wantCode("ValidateJWTSVID", err, codes.Unavailable)
+		s.WorkloadAPI = workloadpb.NewSpiffeWorkloadAPIClient(s.dial()) // it may have been a restart
+		// At once together: an endpoint may wait a while for what is on its way.
+		answers := map[string]func() error{
+			"FetchX509SVID":    func() error { return openError(s.call(), s.WorkloadAPI.FetchX509SVID) },
+			"FetchX509Bundles": func() error { return openError(s.call(), s.WorkloadAPI.FetchX509Bundles) },
+			"FetchJWTBundles":  func() error { return openError(s.call(), s.WorkloadAPI.FetchJWTBundles) },
+			"FetchJWTSVID": func() error {
+				_, err := s.WorkloadAPI.FetchJWTSVID(s.call(), &workloadpb.JWTSVIDRequest{Audience: []string{"a"}})
+				return err
+			},
+			"ValidateJWTSVID": func() error { _, err := s.validate(token, "a"); return err },
+		}
+		var wg sync.WaitGroup
+		for method, call := range answers {
+			wg.Go(func() { s.wantCode(method, call(), codes.Unavailable) })
+		}
+		wg.Wait()
 		s.SetReady(true)
+		s.WorkloadAPI = workloadpb.NewSpiffeWorkloadAPIClient(s.dial())
 		open(s, s.WorkloadAPI.FetchX509SVID)
 	}},
-	{"WEP-20,WAPI-23,WAPI-31,WAPI-39,WAPI-44: nothing for a process without an identity", func(s *suite) {
+	{"WEP-20,WAPI-23,WAPI-31,WAPI-39,WAPI-44: nothing for a process without an identity", "", func(s *suite) {
 		s.Put(s.entry("other", "unix:uid:4001"))
 		s.wantCode("FetchX509SVID", openError(s.call(), s.WorkloadAPI.FetchX509SVID), codes.PermissionDenied)
 		s.wantCode("FetchX509Bundles", openError(s.call(), s.WorkloadAPI.FetchX509Bundles), codes.PermissionDenied)
@@ -95,14 +107,14 @@ var endpointRows = []row{
 		token := s.Token("JWT", s.claims(nil))
 		must[*workloadpb.ValidateJWTSVIDResponse](s)(s.WorkloadAPI.ValidateJWTSVID(s.call(), &workloadpb.ValidateJWTSVIDRequest{Audience: "a", Svid: token}))
 	}},
-	{"WEP-22,WAPI-51: the WIT profile is Unimplemented", func(s *suite) {
+	{"WEP-22,WAPI-51: the WIT profile is Unimplemented", "", func(s *suite) {
 		s.Put(s.entry("web", own))
 		conn := s.dial()
 		for _, method := range []string{"/SpiffeWorkloadAPI/FetchWITSVID", "/SpiffeWorkloadAPI/FetchWITBundles", "/SpiffeWorkloadAPI/NoSuchMethod", "/no.such.Service/Method"} {
 			s.wantCode(method, invoke(s.call(), conn, method), codes.Unimplemented)
 		}
 	}},
-	{"WEP-23,WEP-24,WEP-26,WAPI-4: reflection shows the API of the specification", func(s *suite) {
+	{"WEP-23,WEP-24,WEP-26,WAPI-4: reflection shows the API of the specification", "", func(s *suite) {
 		stream := must[reflectionpb.ServerReflection_ServerReflectionInfoClient](s)(reflectionpb.NewServerReflectionClient(s.dial()).ServerReflectionInfo(s.call()))
 		ask := func(req *reflectionpb.ServerReflectionRequest) *reflectionpb.ServerReflectionResponse {
 			s.t.Helper()
@@ -131,7 +143,7 @@ var endpointRows = []row{
 			s.t.Errorf("the API is\n%s\nwant\n%s", got, specifiedAPI)
 		}
 	}},
-	{"health is SERVING", func(s *suite) {
+	{"health is SERVING", "", func(s *suite) {
 		client := healthpb.NewHealthClient(s.dial())
 		for _, service := range []string{"", "SpiffeWorkloadAPI"} {
 			if r := must[*healthpb.HealthCheckResponse](s)(client.Check(s.call(), &healthpb.HealthCheckRequest{Service: service})); r.Status != healthpb.HealthCheckResponse_SERVING {
@@ -148,7 +160,7 @@ var endpointRows = []row{
 			}
 		}
 	}},
-	{"WAPI-8,G9: a shutdown ends streams with Unavailable, never Canceled", func(s *suite) {
+	{"WAPI-8,G9: a shutdown ends streams with Unavailable, never Canceled", "", func(s *suite) {
 		s.Put(s.entry("web", own))
 		svids, _ := open(s, s.WorkloadAPI.FetchX509SVID)
 		bundles, _ := open(s, s.WorkloadAPI.FetchX509Bundles)
@@ -161,7 +173,7 @@ var endpointRows = []row{
 		_, err = keys.Recv()
 		s.wantCode("FetchJWTBundles", err, codes.Unavailable)
 	}},
-	{"WEP-16,WAPI-6: each process gets its own identities", func(s *suite) {
+	{"WEP-16,WAPI-6: each process gets its own identities", "", func(s *suite) {
 		s.Put(s.entry("api", "unix:uid:4001"), s.entry("db", "unix:uid:4002"), s.entry("team", "unix:gid:4100"), s.entry("both", "unix:uid:4001", "unix:gid:4100"))
 		for _, tt := range []struct {
 			uid, gid uint32
@@ -210,7 +222,7 @@ var endpointRows = []row{
 			s.t.Errorf("uid 4001 asking for /db: %v %s", r.Code, r.Message)
 		}
 	}},
-	{"WAPI-6: a thousand streams at once", func(s *suite) {
+	{"WAPI-6: a thousand streams at once", "", func(s *suite) {
 		s.Put(s.entry("web", own))
 		var streams []grpc.ServerStreamingClient[workloadpb.X509SVIDResponse]
 		for range 10 {

@@ -59,7 +59,7 @@ func (s *suite) compact(header, claims map[string]any, signature string) string 
 }
 
 var jwtRows = []row{
-	{"WAPI-33,WAPI-34,WAPI-35,WAPI-36,JWT-10: JWT-SVIDs for all identities", func(s *suite) {
+	{"WAPI-33,WAPI-34,WAPI-35,WAPI-36,JWT-10: JWT-SVIDs for all identities", "", func(s *suite) {
 		s.Put(s.entry("a", own), s.entry("b", own))
 		r := must[*workloadpb.JWTSVIDResponse](s)(s.WorkloadAPI.FetchJWTSVID(s.call(), &workloadpb.JWTSVIDRequest{Audience: []string{"x", "y"}}))
 		var got []string
@@ -83,7 +83,7 @@ var jwtRows = []row{
 			s.t.Errorf("%q, want %q", got, want)
 		}
 	}},
-	{"WAPI-39: a JWT-SVID for the identity asked for, and no other's", func(s *suite) {
+	{"WAPI-39: a JWT-SVID for the identity asked for, and no other's", "", func(s *suite) {
 		s.Put(s.entry("a", own), s.entry("b", own), s.entry("c", "unix:uid:4001"))
 		fetch := func(id string) (*workloadpb.JWTSVIDResponse, error) {
 			return s.WorkloadAPI.FetchJWTSVID(s.call(), &workloadpb.JWTSVIDRequest{Audience: []string{"x"}, SpiffeId: id})
@@ -101,7 +101,7 @@ var jwtRows = []row{
 			s.wantCode(id, err, codes.InvalidArgument)
 		}
 	}},
-	{"WAPI-37: hints of JWT-SVIDs are unique", func(s *suite) {
+	{"WAPI-37: hints of JWT-SVIDs are unique", "", func(s *suite) {
 		first, second := s.entry("a", own), s.entry("b", own)
 		first.Hint, second.Hint = "internal", "internal"
 		s.Put(first, second)
@@ -110,7 +110,7 @@ var jwtRows = []row{
 			s.t.Errorf("%d JWT-SVIDs", len(r.Svids))
 		}
 	}},
-	{"WAPI-15,WAPI-48: mandatory fields", func(s *suite) {
+	{"WAPI-15,WAPI-48: mandatory fields", "", func(s *suite) {
 		s.Put(s.entry("a", own))
 		token := s.Token("JWT", s.claims(nil))
 		many := slices.Repeat([]string{"x"}, 1000)
@@ -123,7 +123,19 @@ var jwtRows = []row{
 		_, err = s.validate(token, "")
 		s.wantCode("no audience", err, codes.InvalidArgument)
 	}},
-	{"WAPI-41,WAPI-42,WAPI-43,A16: JWT bundles", func(s *suite) {
+	{"WAPI-41,WAPI-42: the JWT bundle, and a new key on an open stream", "", func(s *suite) {
+		s.Put(s.entry("a", own))
+		stream, first := open(s, s.WorkloadAPI.FetchJWTBundles)
+		if len(first.Bundles) != 1 {
+			s.t.Errorf("%d bundles", len(first.Bundles))
+		}
+		before := s.KeyID()
+		s.checkJWKS(first.Bundles[s.id("")], before)
+		s.RotateRoot()
+		next := must[*workloadpb.JWTBundlesResponse](s)(stream.Recv())
+		s.checkJWKS(next.Bundles[s.id("")], before, s.KeyID())
+	}},
+	{"WAPI-43,A16: JWT bundles of other trust domains", Federation, func(s *suite) {
 		e := s.entry("a", own)
 		e.FederatesWith = []spiffeid.TrustDomain{foreign}
 		s.Put(e)
@@ -131,7 +143,6 @@ var jwtRows = []row{
 		if len(first.Bundles) != 1 {
 			s.t.Errorf("%d bundles before the federation", len(first.Bundles))
 		}
-		s.checkJWKS(first.Bundles[s.id("")], s.KeyID())
 		there := workloadtest.NewAuthority(s.t, foreign)
 		s.Federate(there.Bundle())
 		next := must[*workloadpb.JWTBundlesResponse](s)(stream.Recv())
@@ -139,12 +150,8 @@ var jwtRows = []row{
 			s.t.Errorf("%d bundles", len(next.Bundles))
 		}
 		s.checkJWKS(next.Bundles["spiffe://foreign.example"], there.KeyID)
-		before := s.KeyID()
-		s.RotateRoot()
-		next = must[*workloadpb.JWTBundlesResponse](s)(stream.Recv())
-		s.checkJWKS(next.Bundles[s.id("")], before, s.KeyID())
 	}},
-	{"WAPI-46,WAPI-47,WAPI-50: a good token and its claims", func(s *suite) {
+	{"WAPI-46,WAPI-47,WAPI-50: a good token and its claims", "", func(s *suite) {
 		s.Put(s.entry("web", own))
 		for _, typ := range []string{"JWT", "JOSE", ""} { // JWT-7
 			token := s.Token(typ, s.claims(map[string]any{"extra": map[string]any{"n": 7}}))
@@ -161,18 +168,26 @@ var jwtRows = []row{
 			}
 		}
 	}},
-	{"WAPI-50: tokens of other trust domains", func(s *suite) {
-		e := s.entry("web", own)
-		s.Put(e)
+	{"ID-22,BND-17,WAPI-50: tokens of a trust domain that nobody vouches for", "", func(s *suite) {
+		s.Put(s.entry("web", own))
+		there := workloadtest.NewAuthority(s.t, foreign)
+		id := spiffeid.RequireFromPath(foreign, "/peer")
+		_, err := s.validate(there.JWTSVID(id, []string{"a"}, "").Token, "a")
+		s.wantCode("their subject, signed by them", err, codes.InvalidArgument)
+		_, err = s.validate(there.Token("JWT", s.claims(nil)), "a")
+		s.wantCode("our subject, signed by them", err, codes.InvalidArgument)
+		_, err = s.validate(s.Token("JWT", s.claims(map[string]any{"sub": id.String()})), "a")
+		s.wantCode("their subject, signed by us", err, codes.InvalidArgument)
+	}},
+	{"WAPI-50: tokens of other trust domains", Federation, func(s *suite) {
+		s.Put(s.entry("web", own))
 		there := workloadtest.NewAuthority(s.t, foreign)
 		id := spiffeid.RequireFromPath(foreign, "/peer")
 		token := there.JWTSVID(id, []string{"a"}, "").Token
-		_, err := s.validate(token, "a")
-		s.wantCode("without federation", err, codes.InvalidArgument)
 		s.Federate(there.Bundle())
-		_, err = s.validate(token, "a")
+		_, err := s.validate(token, "a")
 		s.wantCode("with a federation of no entry of the caller", err, codes.InvalidArgument)
-		e = s.entry("web", own)
+		e := s.entry("web", own)
 		e.FederatesWith = []spiffeid.TrustDomain{foreign}
 		s.Put(e)
 		if r := must[*workloadpb.ValidateJWTSVIDResponse](s)(s.validate(token, "a")); r.SpiffeId != id.String() {
@@ -187,7 +202,7 @@ var jwtRows = []row{
 		_, err = s.validate(token, "a")
 		s.wantCode("JWT-26: after they have withdrawn their JWT keys", err, codes.InvalidArgument)
 	}},
-	{"JWT-1,3,5,7,11,15,16,17,18,25: bad tokens", func(s *suite) {
+	{"JWT-1,3,5,7,11,15,16,17,18,25: bad tokens", "", func(s *suite) {
 		s.Put(s.entry("web", own))
 		now := time.Now()
 		good := s.Token("JWT", s.claims(nil))

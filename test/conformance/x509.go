@@ -67,7 +67,7 @@ func ids(r *workloadpb.X509SVIDResponse) (out []string) {
 }
 
 var x509Rows = []row{
-	{"WAPI-20,WAPI-25,WAPI-26,WAPI-27: every field of every X509SVID", func(s *suite) {
+	{"WAPI-20,WAPI-25,WAPI-26,WAPI-27: every field of every X509SVID", "", func(s *suite) {
 		s.Put(s.entry("a", own), s.entry("b", own))
 		_, r := open(s, s.WorkloadAPI.FetchX509SVID)
 		if len(r.Svids) != 2 || len(r.FederatedBundles) != 0 {
@@ -77,7 +77,7 @@ var x509Rows = []row{
 			s.checkSVID(svid)
 		}
 	}},
-	{"WAPI-11: the first response comes at once", func(s *suite) {
+	{"WAPI-11: the first response comes at once", "", func(s *suite) {
 		s.Put(s.entry("a", own))
 		start := time.Now()
 		open(s, s.WorkloadAPI.FetchX509SVID)
@@ -85,7 +85,7 @@ var x509Rows = []row{
 			s.t.Errorf("it took %s", d)
 		}
 	}},
-	{"WAPI-9,WAPI-10: full state, and only when it has changed", func(s *suite) {
+	{"WAPI-9,WAPI-10: full state, and only when it has changed", "", func(s *suite) {
 		s.Put(s.entry("a", own), s.entry("b", own))
 		stream, first := open(s, s.WorkloadAPI.FetchX509SVID)
 		s.Put(s.entry("elsewhere", "unix:uid:4001")) // not for this process
@@ -103,7 +103,7 @@ var x509Rows = []row{
 			s.checkSVID(next.Svids[i])
 		}
 	}},
-	{"WAPI-65: the default identity stays the first", func(s *suite) {
+	{"WAPI-65: the default identity stays the first", "", func(s *suite) {
 		oldest := s.entry("z", own)
 		younger := s.entry("a", own)
 		younger.CreatedAt = younger.CreatedAt.Add(time.Hour)
@@ -118,7 +118,7 @@ var x509Rows = []row{
 			r = must[*workloadpb.X509SVIDResponse](s)(stream.Recv())
 		}
 	}},
-	{"WAPI-21: hints are unique, the older entry keeps it", func(s *suite) {
+	{"WAPI-21: hints are unique, the older entry keeps it", "", func(s *suite) {
 		first, second, third, fourth := s.entry("a", own), s.entry("b", own), s.entry("c", own), s.entry("d", own)
 		first.Hint, second.Hint = "internal", "internal"
 		s.Put(second, first, third, fourth)
@@ -127,7 +127,7 @@ var x509Rows = []row{
 			s.t.Errorf("%q, want %q", got, want)
 		}
 	}},
-	{"WAPI-19,WAPI-24,A21: losing the last identity ends the streams with PermissionDenied", func(s *suite) {
+	{"WAPI-19,WAPI-24,A21: losing the last identity ends the streams with PermissionDenied", "", func(s *suite) {
 		s.Put(s.entry("a", own), s.entry("b", own))
 		svids, _ := open(s, s.WorkloadAPI.FetchX509SVID)
 		bundles, _ := open(s, s.WorkloadAPI.FetchX509Bundles)
@@ -144,7 +144,7 @@ var x509Rows = []row{
 		_, err = keys.Recv()
 		s.wantCode("FetchJWTBundles", err, codes.PermissionDenied)
 	}},
-	{"an entry that asks for more of the process reaches an open stream", func(s *suite) {
+	{"an entry that asks for more of the process reaches an open stream", "", func(s *suite) {
 		s.Put(s.entry("a", own))
 		stream, _ := open(s, s.WorkloadAPI.FetchX509SVID)
 		s.Put(s.entry("b", "unix:gid:0")) // no entry asked for groups so far
@@ -152,7 +152,7 @@ var x509Rows = []row{
 			s.t.Errorf("%q", ids(r))
 		}
 	}},
-	{"WAPI-28,WAPI-30,BND-12,G11: federated bundles", func(s *suite) {
+	{"WAPI-28,WAPI-30,BND-12,G11: federated bundles", Federation, func(s *suite) {
 		e := s.entry("a", own)
 		e.FederatesWith = []spiffeid.TrustDomain{foreign}
 		elsewhere := spiffeid.RequireTrustDomainFromString("elsewhere.example")
@@ -181,7 +181,7 @@ var x509Rows = []row{
 			s.t.Errorf("after it was emptied: %d and %d bundles", len(r.FederatedBundles), len(b.Bundles))
 		}
 	}},
-	{"BND-19: a new root reaches the open streams", func(s *suite) {
+	{"BND-19: a new root reaches the open streams", "", func(s *suite) {
 		s.Put(s.entry("a", own))
 		svids, _ := open(s, s.WorkloadAPI.FetchX509SVID)
 		bundles, before := open(s, s.WorkloadAPI.FetchX509Bundles)
@@ -197,7 +197,7 @@ var x509Rows = []row{
 			s.t.Error("the bundle with the SVID is another")
 		}
 	}},
-	{"G10: no response is larger than clients accept", func(s *suite) {
+	{"G10: no response is larger than clients accept", Federation, func(s *suite) {
 		e := s.entry("a", own)
 		huge := workloadtest.NewAuthority(s.t, foreign).Bundle()
 		for len(huge.X509Authorities) < 5<<20/len(huge.X509Authorities[0].Certificate.Raw) {
@@ -217,7 +217,7 @@ var x509Rows = []row{
 			s.t.Errorf("%d bundles", len(b.Bundles))
 		}
 	}},
-	{"requests and headers have a limit", func(s *suite) {
+	{"requests and headers have a limit", "", func(s *suite) {
 		s.Put(s.entry("a", own))
 		_, err := s.WorkloadAPI.ValidateJWTSVID(s.call(), &workloadpb.ValidateJWTSVIDRequest{Audience: "a", Svid: strings.Repeat("x", 2<<20)})
 		s.wantCode("a request of 2 MiB", err, codes.ResourceExhausted)

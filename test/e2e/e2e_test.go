@@ -8,6 +8,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -19,18 +20,32 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
+	"github.com/spiffed/spiffed/internal/store/bolt"
+	"github.com/spiffed/spiffed/test/conformance"
 )
 
 // spiffed is the binary under test, built by TestMain.
 var spiffed string
 
 func TestMain(m *testing.M) {
+	bolt.MaybeVerify()
+	conformance.MaybeCall()
 	if role := os.Getenv("SPIFFED_E2E_ROLE"); role != "" {
 		if err := workload(role); err != nil {
 			fmt.Fprintln(os.Stderr, "workload:", err)
 			os.Exit(1)
 		}
 		return
+	}
+	// These tests wait far more than they work.
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
 	}
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "spiffed-e2e-")
@@ -184,6 +199,15 @@ func freePort(t testing.TB) string {
 // node's alias is /node/host-1.
 func newFleet(t testing.TB, extra string) *fleet {
 	t.Helper()
+	f := newServer(t, extra)
+	f.agentConfig = f.write(t, "agent.toml", f.agentSection("agent", fmt.Sprintf("join = %q", f.join.Join)))
+	f.startAgent(t)
+	return f
+}
+
+// newServer starts a server alone, with a join string for its first node.
+func newServer(t testing.TB, extra string) *fleet {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("these tests need root: they start processes of other users")
 	}
@@ -198,8 +222,8 @@ func newFleet(t testing.TB, extra string) *fleet {
 	f := &fleet{
 		t: t, dir: dir, addr: freePort(t),
 		admin:      filepath.Join(dir, "admin.sock"),
-		workload:   filepath.Join(dir, "workload.sock"),
-		agentAdmin: filepath.Join(dir, "agent-admin.sock"),
+		workload:   filepath.Join(dir, "agent.workload.sock"),
+		agentAdmin: filepath.Join(dir, "agent.admin.sock"),
 	}
 	f.serverConfig = f.write(t, "server.toml", fmt.Sprintf(`
 [server]
@@ -211,19 +235,54 @@ admin_socket = %q
 %s
 `, f.addr, f.addr, filepath.Join(dir, "server"), f.admin, extra))
 	f.startServer(t)
-	if err := json.Unmarshal([]byte(mustRun(t, "token", "create", "--name", "host-1", "--output", "json", "--admin-socket", f.admin)), &f.join); err != nil {
+	f.join = f.token(t, "--name", "host-1")
+	return f
+}
+
+// token makes a join token.
+func (f *fleet) token(t testing.TB, args ...string) (j joinToken) {
+	t.Helper()
+	out := mustRun(t, append([]string{"token", "create", "--output", "json", "--admin-socket", f.admin}, args...)...)
+	if err := json.Unmarshal([]byte(out), &j); err != nil {
 		t.Fatal(err)
 	}
-	f.agentConfig = f.write(t, "agent.toml", fmt.Sprintf(`
+	return j
+}
+
+// agentSection is the configuration of an agent whose files begin with name.
+func (f *fleet) agentSection(name, how string) string {
+	return fmt.Sprintf(`
 [agent]
-join = %q
+%s
 data_dir = %q
 workload_socket = %q
 admin_socket = %q
 sync_interval = "100ms"
-`, f.join.Join, filepath.Join(dir, "agent"), f.workload, f.agentAdmin))
-	f.startAgent(t)
-	return f
+`, how, filepath.Join(f.dir, name), filepath.Join(f.dir, name+".workload.sock"), filepath.Join(f.dir, name+".admin.sock"))
+}
+
+// dial opens a connection to a socket of spiffed.
+func dial(t testing.TB, socket string) *grpc.ClientConn {
+	t.Helper()
+	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// agentStatus asks the agent at an admin socket how it is.
+func agentStatus(t testing.TB, socket string) (*adminv1.AgentStatus, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	return adminv1.NewAgentClient(conn).GetStatus(ctx, &adminv1.GetAgentStatusRequest{})
 }
 
 func (f *fleet) write(t testing.TB, name, text string) string {
@@ -255,20 +314,23 @@ func (f *fleet) startServer(t testing.TB) {
 func (f *fleet) startAgent(t testing.TB) {
 	t.Helper()
 	f.agent = start(f.t, "agent", "run", "--config", f.agentConfig)
+	f.waitReady(t, f.agent, f.agentAdmin)
+}
+
+// waitReady waits until the agent is in step with its server.
+func (f *fleet) waitReady(t testing.TB, agent *process, socket string) {
+	t.Helper()
 	eventually(t, "the agent is ready", func() error {
 		select {
-		case <-f.agent.exited:
-			t.Fatalf("the agent ended: %v\n%s", f.agent.err, f.agent.out.String())
+		case <-agent.exited:
+			t.Fatalf("the agent ended: %v\n%s", agent.err, agent.out.String())
 		default:
 		}
-		stdout, stderr, err := run(t, "status", "--output", "json", "--admin-socket", f.admin, "--agent-admin-socket", f.agentAdmin)
-		if err != nil {
-			return errors.New(stderr)
+		status, err := agentStatus(t, socket)
+		if err == nil && status.State != "ready" {
+			err = fmt.Errorf("status: %v", status)
 		}
-		if !strings.Contains(stdout, `"ready"`) {
-			return fmt.Errorf("status: %s", stdout)
-		}
-		return nil
+		return err
 	})
 }
 

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,6 +19,7 @@ const (
 )
 
 func TestMainJob(t *testing.T) {
+	t.Parallel()
 	f := newFleet(t, "")
 	f.entry(t, "--spiffe-id", "/api", "--selector", "unix:uid:4001", "--dns", "api.example.org")
 	f.entry(t, "--spiffe-id", "/web", "--selector", "unix:uid:4002")
@@ -151,9 +153,7 @@ func TestMainJob(t *testing.T) {
 	})
 
 	t.Run("the token is spent", func(t *testing.T) {
-		second := f.write(t, "second.toml", strings.NewReplacer(
-			"/agent\"", "/agent2\"", "workload.sock", "workload2.sock", "agent-admin.sock", "agent-admin2.sock",
-		).Replace(f.read(t, f.agentConfig)))
+		second := f.write(t, "second.toml", f.agentSection("second", fmt.Sprintf("join = %q", f.join.Join)))
 		thief := start(t, "second agent", "run", "--config", second)
 		eventually(t, "the server refuses", func() error {
 			if !strings.Contains(thief.out.String(), "already been used") {
@@ -189,15 +189,6 @@ type stillThere struct{ what string }
 
 func (e *stillThere) Error() string { return "still " + e.what }
 
-func (f *fleet) read(t testing.TB, path string) string {
-	t.Helper()
-	data, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(data)
-}
-
 // TestRotationUnderLoad: SVIDs of 10 seconds on both sides of an mTLS
 // connection, handshakes without a pause through several rotations, and not one
 // fails.
@@ -218,10 +209,9 @@ func TestRotationUnderLoad(t *testing.T) {
 // agent neither comes in nor shows its token.
 func TestWrongServer(t *testing.T) {
 	t.Parallel()
-	f, other := newFleet(t, ""), newFleet(t, "")
-	config := strings.ReplaceAll(f.read(t, f.agentConfig), f.addr, other.addr)
-	config = strings.NewReplacer("/agent\"", "/agent2\"", "workload.sock", "workload2.sock", "agent-admin.sock", "agent-admin2.sock").Replace(config)
-	agent := start(t, "misled agent", "run", "--config", f.write(t, "misled.toml", config))
+	f, other := newServer(t, ""), newServer(t, "")
+	join := strings.ReplaceAll(f.join.Join, f.addr, other.addr)
+	agent := start(t, "misled agent", "run", "--config", f.write(t, "misled.toml", f.agentSection("misled", fmt.Sprintf("join = %q", join))))
 	eventually(t, "the agent says what is wrong", func() error {
 		if out := agent.out.String(); !strings.Contains(out, "pin") || !strings.Contains(out, other.addr) {
 			return &stillThere{out}
