@@ -762,7 +762,7 @@ func TestWatch(t *testing.T) {
 		t.Fatal(err)
 	}
 	next(registry.Change{Entries: []*registry.Entry{al}})
-	if tok, err = s.PutJoinToken(t.Context(), tok); err != nil {
+	if _, err = s.PutJoinToken(t.Context(), tok); err != nil {
 		t.Fatal(err)
 	}
 	as, bundle := authorities(t)

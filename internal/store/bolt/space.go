@@ -17,6 +17,7 @@ const (
 	reserve     = 1 << 20   // bytes that only deletes may use
 	minGrowth   = 1 << 20   // the file grows by a quarter of itself, within
 	maxGrowth   = 16 << 20  // these limits
+	granule     = 64 << 10  // and is whole pages, of any size that systems have
 	forgetBytes = 256 << 10 // while it is larger, the history is halved to make room
 )
 
@@ -35,9 +36,10 @@ func (e *Engine) grow(want int64) error {
 	if want <= e.size {
 		return nil
 	}
-	size := want + min(max(e.size/4, minGrowth), maxGrowth)
+	want = (want + granule - 1) / granule * granule
+	size := want + min(max(e.size/4, minGrowth), maxGrowth)/granule*granule
 	if e.maxSize > 0 && size > e.maxSize {
-		size = e.maxSize
+		size = e.maxSize / granule * granule
 		if size < want {
 			return fmt.Errorf("its quota of %d bytes is reached", e.maxSize)
 		}
