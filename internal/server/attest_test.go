@@ -23,6 +23,7 @@ import (
 	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/attest/jointoken"
 	"github.com/spiffed/spiffed/internal/registry"
+	"github.com/spiffed/spiffed/internal/unixsocket"
 )
 
 // askVerifier is an attestor that asks back, for nodes that may come again.
@@ -35,6 +36,9 @@ type askVerifier struct {
 func (v *askVerifier) Type() string { return "ask" }
 
 func (v *askVerifier) Verify(_ context.Context, req attest.Request, challenge func([]byte) ([]byte, error)) (*attest.Result, error) {
+	if string(req.Payload) == "panic" {
+		panic("on purpose")
+	}
 	if v.err != nil {
 		return nil, v.err
 	}
@@ -149,7 +153,13 @@ func TestAttestRefuses(t *testing.T) {
 	if status.Code(err) != codes.Internal || strings.Contains(err.Error(), "dog") {
 		t.Errorf("internal trouble: %v", err)
 	}
+	// Nor does a panic end the server.
 	verifier.err = nil
+	_, err = r.attest("ask", "panic", csr, nil)
+	wantCode(t, "panic", err, codes.Internal)
+	if !strings.Contains(r.logs.String(), `"msg":"handler panicked"`) {
+		t.Error("the panic is not in the log")
+	}
 	// A verifier cannot name agents of another attestor, nor anything else.
 	for _, path := range []string{"/spire/agent/join_token/x", "/spire/server", "/web"} {
 		verifier.agent = path
@@ -300,6 +310,63 @@ func TestEvictedWhileAttesting(t *testing.T) {
 		t.Errorf("the node is back: %v", err)
 	}
 	wantReason(t, "its SVID", ping(t, r.dial(svidOf(t, result.Svid, key))), types.PermissionDeniedDetails_AGENT_NOT_ATTESTED)
+}
+
+// TestAttestedTwiceAtOnce: another reply to the same node got ahead.
+func TestAttestedTwiceAtOnce(t *testing.T) {
+	r := newRig(t)
+	key := newKey(t)
+	csr, token := newCSR(t, key, nil), r.token("").Token
+	var wg sync.WaitGroup
+	svids := make([]*types.X509SVID, 6)
+	for i := range svids {
+		wg.Go(func() {
+			result, err := r.attest("join_token", token, csr, nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			svids[i] = result.Svid
+		})
+	}
+	wg.Wait()
+	good := 0
+	for _, svid := range svids { // the last reply at least is good
+		if svid != nil && ping(t, r.dial(svidOf(t, svid, key))) == nil {
+			good++
+		}
+	}
+	if good == 0 || good > 2 {
+		t.Errorf("%d SVIDs are good, want one or two", good)
+	}
+}
+
+func TestWatchFails(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	a := r.join("")
+	r.store.failWatch(errors.New("on purpose"))
+	r.create(newEntry(a.id(), "/web", "unix:uid:1")) // ends the watch; stored all the same
+	if err := ping(t, a.conn); err != nil {
+		t.Errorf("an agent lost its server: %v", err)
+	}
+	r.store.failWatch(nil)
+	for len(syncAll(t, a, nil)) != 1 { // the registry is read again
+	}
+	r.stop()
+	// At the start it is an error.
+	r.store.failWatch(errors.New("on purpose"))
+	var err error
+	if r.cfg.AdminListener, err = unixsocket.Listen(unixsocket.Config{Path: r.socket, Mode: 0o600}); err != nil {
+		t.Fatal(err)
+	}
+	s, err := New(r.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "on purpose") {
+		t.Errorf("Run: %v", err)
+	}
 }
 
 func renew(t testing.TB, a *agent, key crypto.Signer) (*agent, error) {

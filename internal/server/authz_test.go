@@ -69,8 +69,9 @@ func mayCall(kind, method string) bool {
 
 // TestAuthorization walks every registered method with every kind of caller.
 func TestAuthorization(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
-	expiring := r.issue(id("/spire/agent/join_token/expired"), 3*time.Second)
+	expiring := r.issue(id("/spire/agent/join_token/expired"), 4*time.Second)
 	r.node(expiring)
 	expired := r.dial(expiring)
 	if err := ping(t, expired); err != nil { // the connection outlives the SVID

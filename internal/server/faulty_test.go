@@ -15,13 +15,17 @@ type faultyStore struct {
 	mu        sync.Mutex
 	hold      chan struct{}        // not nil: the watch waits until it is closed
 	beforePut func(*registry.Node) // runs before a node is stored
+	watchErr  error                // ends the watch, with its next change at the latest
 }
 
 func (f *faultyStore) Watch(ctx context.Context, apply func(registry.Change) error) error {
 	return f.Store.Watch(ctx, func(c registry.Change) error {
 		f.mu.Lock()
-		hold := f.hold
+		hold, err := f.hold, f.watchErr
 		f.mu.Unlock()
+		if err != nil {
+			return err
+		}
 		if hold != nil && !c.Reset {
 			select {
 			case <-hold:
@@ -40,6 +44,13 @@ func (f *faultyStore) PutNode(ctx context.Context, n *registry.Node) (*registry.
 		before(n)
 	}
 	return f.Store.PutNode(ctx, n)
+}
+
+// failWatch has every watch fail; nil: no more.
+func (f *faultyStore) failWatch(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.watchErr = err
 }
 
 // onPut has f run before a node is stored; nil: nothing.

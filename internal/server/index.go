@@ -2,21 +2,28 @@ package server
 
 import (
 	"context"
+	"fmt"
 	"time"
 )
 
 // watchAgain is how long to wait before reading the registry anew.
 const watchAgain = time.Second
 
-// watch feeds the registry into memory until ctx ends. If the store fails, the
-// server goes on by what it knows and reads everything again: an agent must not
-// lose its server because of a moment's trouble. Meanwhile changes by this
-// server are answered with an error, since they cannot be seen to take effect.
-func (s *Server) watch(ctx context.Context) {
+// watch feeds the registry into memory until ctx ends. A store that cannot be
+// read at the start is an error. If it fails later, the server goes on by what
+// it knows and reads everything again: an agent must not lose its server because
+// of a moment's trouble. Meanwhile bans are answered with an error, since they
+// cannot be seen to take effect.
+func (s *Server) watch(ctx context.Context) error {
 	for {
 		err := s.cfg.Store.Watch(ctx, s.state.Apply)
 		if ctx.Err() != nil {
-			return
+			return nil
+		}
+		select {
+		case <-s.state.Ready():
+		default:
+			return fmt.Errorf("reading the registry: %w", err)
 		}
 		s.cfg.Log.Error("watching the store ended, and is begun again", "err", err)
 		timer := time.NewTimer(watchAgain)
@@ -24,7 +31,7 @@ func (s *Server) watch(ctx context.Context) {
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
-			return
+			return nil
 		}
 	}
 }

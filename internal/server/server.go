@@ -152,14 +152,17 @@ func (s *Server) Close() error {
 func (s *Server) Run(ctx context.Context) error {
 	// What is in flight at the end still needs the watch.
 	watchCtx, stopWatch := context.WithCancel(context.WithoutCancel(ctx))
+	watchEnd := make(chan error, 1)
 	var watch sync.WaitGroup
-	watch.Go(func() { s.watch(watchCtx) })
+	watch.Go(func() { watchEnd <- s.watch(watchCtx) })
 	defer watch.Wait()
 	defer stopWatch()
 	group, ctx := errgroup.WithContext(ctx)
 
 	select {
 	case <-s.state.Ready():
+	case err := <-watchEnd:
+		return errors.Join(err, s.Close())
 	case <-ctx.Done():
 		return s.Close()
 	}

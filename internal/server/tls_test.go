@@ -69,6 +69,7 @@ func newRoot(t testing.TB, td string) (*x509.Certificate, *ecdsa.PrivateKey) {
 // TestHostileCertificates has a root of its own in the server's bundle, so that
 // nothing but the certificate's contents is wrong.
 func TestHostileCertificates(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	root, rootKey := newRoot(t, td.Name())
 	other, otherKey := newRoot(t, "other.org")
@@ -204,8 +205,10 @@ func TestTLSParameters(t *testing.T) {
 			t.Errorf("%s is accepted", tls.CipherSuiteName(suite))
 		}
 	}
-	if _, err := dial(&tls.Config{MaxVersion: tls.VersionTLS12}); err != nil {
+	if conn, err := dial(&tls.Config{MaxVersion: tls.VersionTLS12}); err != nil {
 		t.Errorf("TLS 1.2: %v", err)
+	} else {
+		conn.Close()
 	}
 	// No resumption (G3): a ban or a revoked root must not be slept through.
 	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
@@ -229,6 +232,7 @@ func TestTLSParameters(t *testing.T) {
 }
 
 func TestSilentConnections(t *testing.T) {
+	t.Parallel()
 	r := newRig(t)
 	conn, err := net.Dial("tcp", r.server.Addr().String())
 	if err != nil {

@@ -248,11 +248,18 @@ func (s *entryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchC
 		entries, place = append(entries, e), append(place, i)
 	}
 	created := make([]*registry.Entry, 0, len(entries))
-	for len(entries) > 0 {
-		// The store tries all at once. Of two that exclude each other the first
-		// is to win, so the other waits for the next round.
-		now, nowPlace, later, laterPlace := firstOfEach(entries, place)
-		for i, r := range s.cfg.Store.CreateEntries(ctx, now) {
+	// The store tries all at once. Of two that exclude each other the first is to
+	// win, so the others are for a second round.
+	first, again := firstOfEach(entries)
+	for _, round := range [][]int{first, again} {
+		if len(round) == 0 {
+			continue
+		}
+		try := make([]*registry.Entry, len(round))
+		for i, k := range round {
+			try[i] = entries[k]
+		}
+		for i, r := range s.cfg.Store.CreateEntries(ctx, try) {
 			result := &entryv1.BatchCreateEntryResponse_Result{}
 			switch {
 			case errors.Is(r.Err, registry.ErrConflict):
@@ -268,16 +275,15 @@ func (s *entryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchC
 				created = append(created, r.Entry)
 				s.auditEntry(ctx, "created entry", r.Entry)
 			}
-			results[nowPlace[i]] = result
+			results[place[round[i]]] = result
 		}
-		entries, place = later, laterPlace
 	}
 	return &entryv1.BatchCreateEntryResponse{Results: results}, s.await(s.cfg.State.awaitEntries(ctx, created))
 }
 
-// firstOfEach parts entries (and their places) into those that can be stored
-// side by side, and those that have the ID or the contents of an earlier one.
-func firstOfEach(entries []*registry.Entry, place []int) (now []*registry.Entry, nowPlace []int, later []*registry.Entry, laterPlace []int) {
+// firstOfEach returns the indexes of the entries that can be stored side by side,
+// and of those that have the ID or the contents of an earlier one.
+func firstOfEach(entries []*registry.Entry) (first, again []int) {
 	seen := make(map[string]bool, 2*len(entries))
 	var key strings.Builder
 	for i, e := range entries {
@@ -294,16 +300,16 @@ func firstOfEach(entries []*registry.Entry, place []int) (now []*registry.Entry,
 		}
 		contents := key.String()
 		if seen[contents] || e.ID != "" && seen[e.ID] {
-			later, laterPlace = append(later, e), append(laterPlace, place[i])
+			again = append(again, i)
 			continue
 		}
 		seen[contents] = true
 		if e.ID != "" {
 			seen[e.ID] = true // no contents look like an ID: they begin with a scheme
 		}
-		now, nowPlace = append(now, e), append(nowPlace, place[i])
+		first = append(first, i)
 	}
-	return now, nowPlace, later, laterPlace
+	return first, again
 }
 
 // await makes nothing of a change to entries that takes its time to come into

@@ -18,27 +18,27 @@ func TestLimiter(t *testing.T) {
 			t.Errorf("no limit: %v", err)
 		}
 		l := newLimiter(2, 10)
-		take := func(source string, n int) (error, time.Duration) {
+		take := func(source string, n int) (time.Duration, error) {
 			start := time.Now()
 			err := l.wait(t.Context(), source, n)
-			return err, time.Since(start)
+			return time.Since(start), err
 		}
-		if err, took := take("a", 10); err != nil || took != 0 {
+		if took, err := take("a", 10); err != nil || took != 0 {
 			t.Errorf("a whole batch: %v after %s", err, took)
 		}
-		if err, took := take("a", 2); err != nil || took != time.Second {
+		if took, err := take("a", 2); err != nil || took != time.Second {
 			t.Errorf("a short delay is waited for: %v after %s", err, took)
 		}
-		if err, took := take("a", 9); status.Code(err) != codes.ResourceExhausted || took != 0 {
+		if took, err := take("a", 9); status.Code(err) != codes.ResourceExhausted || took != 0 {
 			t.Errorf("a long one is not: %v after %s", err, took)
 		}
-		if err, took := take("a", 4); err != nil || took != 2*time.Second {
+		if took, err := take("a", 4); err != nil || took != 2*time.Second {
 			t.Errorf("what was refused took no turns: %v after %s", err, took)
 		}
-		if err, _ := take("b", 10); err != nil {
+		if _, err := take("b", 10); err != nil {
 			t.Errorf("another source: %v", err)
 		}
-		if err, _ := take("c", 11); status.Code(err) != codes.ResourceExhausted {
+		if _, err := take("c", 11); status.Code(err) != codes.ResourceExhausted {
 			t.Errorf("more than there can ever be: %v", err)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
@@ -49,7 +49,7 @@ func TestLimiter(t *testing.T) {
 
 		// Sources are bounded, and forgotten when they are idle.
 		for i := range maxSources + 5 { // the last of them share one limit
-			if err, took := take(fmt.Sprint(i), 1); err != nil || took != 0 {
+			if took, err := take(fmt.Sprint(i), 1); err != nil || took != 0 {
 				t.Fatalf("source %d: %v after %s", i, err, took)
 			}
 		}
@@ -57,7 +57,7 @@ func TestLimiter(t *testing.T) {
 			t.Errorf("%d sources are kept", n)
 		}
 		time.Sleep(time.Minute)
-		if err, _ := take("new", 10); err != nil || len(l.sources) != 1 {
+		if _, err := take("new", 10); err != nil || len(l.sources) != 1 {
 			t.Errorf("after a minute: %v, %d sources", err, len(l.sources))
 		}
 	})

@@ -15,7 +15,7 @@ import (
 )
 
 // visibleTimeout is how long a write waits until the watch has brought it back.
-const visibleTimeout = 5 * time.Second
+const visibleTimeout = 2 * time.Second
 
 var errNotVisible = errors.New("the change is stored, but has not taken effect in this server yet")
 
