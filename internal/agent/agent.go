@@ -246,15 +246,12 @@ func (a *Agent) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// Enrol gets this node an identity, unless it has one that is good, and returns:
-// one attempt with each server. Run does it by itself; this is for who wants to
-// know now. It must not be called while Run runs.
-func (a *Agent) Enrol(ctx context.Context) error {
-	if id := a.identity(); id != nil && id.usable(now()) {
-		return nil
-	}
-	return a.enrol(ctx)
-}
+// Enrol proves to a server what this node is, and returns: one attempt with each
+// server. Run does it by itself when there is need; this is for an operator who
+// has a new token, so an identity that the node has already is no reason to leave
+// it: the server may know nothing of it any more. It must not be called while Run
+// runs.
+func (a *Agent) Enrol(ctx context.Context) error { return a.enrol(ctx) }
 
 // Ready is closed after the first complete synchronisation.
 func (a *Agent) Ready() <-chan struct{} { return a.ready }

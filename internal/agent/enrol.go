@@ -13,10 +13,8 @@ import (
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
-	"google.golang.org/grpc/status"
 
 	"github.com/spiffed/spiffed/internal/registry"
 )
@@ -26,11 +24,10 @@ var errNoProver = errors.New("there is nothing to prove this node with: `spiffed
 // maxChallenges bounds the rounds of an attestation.
 const maxChallenges = 16
 
-// enrol proves to a server what this node is, with a key that is stored. The
-// server binds the proof to the key, so a repeat needs the same one, be it
-// after a lost reply or after months; it is on the disk before the first
-// message leaves. A server may bind the proof to the key of the last renewal
-// instead, so that one is tried as well.
+// enrol proves to a server what this node is, with the key that is stored. The
+// server binds the proof to the key, so a repeat needs the same one (or the one
+// of the last renewal, which it is then), be it after a lost reply or after
+// months; it is on the disk before the first message leaves.
 func (a *Agent) enrol(ctx context.Context) error {
 	id := a.identity()
 	if a.cfg.Prover == nil {
@@ -46,11 +43,6 @@ func (a *Agent) enrol(ctx context.Context) error {
 		}
 		id = &identity{trustDomain: a.cfg.TrustDomain, anchor: a.anchor, key: key}
 		if err := a.setIdentity(id); err != nil {
-			return err
-		}
-	}
-	if id.attestedKey != nil {
-		if err := a.attest(ctx, id.attestedKey); status.Code(err) != codes.InvalidArgument {
 			return err
 		}
 	}
@@ -342,9 +334,6 @@ func (a *Agent) renew(ctx context.Context) error {
 			return fmt.Errorf("renewing the agent's SVID: server %q: what it gave is not good: %w", l.addr, err)
 		}
 		next := *id
-		if id.attestedKey == nil {
-			next.attestedKey = id.key
-		}
 		next.key, next.pendingKey = id.pendingKey, nil
 		next.chain, next.obtainedAt = svid.chain, now()
 		if err := a.setIdentity(&next); err != nil {

@@ -179,7 +179,6 @@ type fakeServer struct {
 	reattestable bool
 	hang         chan struct{} // every call waits for it
 	poison       string        // the entry that makes a whole batch fail
-	firstKeyOnly bool          // a token is good with the key that redeemed it, not with later ones
 	stranger     bool          // no agent may attest here
 	calls        map[string]int
 	batches      []int
@@ -469,7 +468,7 @@ func (f *fakeServer) AttestAgent(stream agentv1.Agent_AttestAgentServer) error {
 	switch {
 	case node != nil && node.banned:
 		return denied(banned)
-	case !f.firstKeyOnly && node != nil && (bytes.Equal(node.key, hash) || bytes.Equal(node.nextKey, hash)):
+	case node != nil && (bytes.Equal(node.key, hash) || bytes.Equal(node.nextKey, hash)):
 	case !ok || bound != nil && !bytes.Equal(bound, hash) && !f.reattestable:
 		return status.Error(codes.InvalidArgument, "failed to attest: join token does not exist or has already been used")
 	}

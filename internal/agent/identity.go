@@ -25,7 +25,6 @@ type identity struct {
 	anchor       string // what the server was first verified by
 	key          crypto.Signer
 	pendingKey   crypto.Signer // of a renewal whose outcome is not known; or nil
-	attestedKey  crypto.Signer // that the server has bound the attestation to, if it is not key; or nil
 	agentID      spiffeid.ID   // zero, as all below, until enrolled
 	chain        []*x509.Certificate
 	obtainedAt   time.Time
@@ -43,9 +42,8 @@ type identityFile struct {
 	Version      int                  `json:"version"`
 	TrustDomain  spiffeid.TrustDomain `json:"trust_domain"`
 	Anchor       string               `json:"anchor,omitempty"`
-	Key          []byte               `json:"key"`                    // PKCS#8
-	PendingKey   []byte               `json:"pending_key,omitempty"`  // PKCS#8
-	AttestedKey  []byte               `json:"attested_key,omitempty"` // PKCS#8
+	Key          []byte               `json:"key"`                   // PKCS#8
+	PendingKey   []byte               `json:"pending_key,omitempty"` // PKCS#8
 	AgentID      spiffeid.ID          `json:"agent_id,omitzero"`
 	Chain        [][]byte             `json:"chain,omitempty"` // DER
 	ObtainedAt   time.Time            `json:"obtained_at,omitzero"`
@@ -130,11 +128,6 @@ func parseIdentity(data []byte) (*identity, error) {
 			return nil, fmt.Errorf("pending key: %w", err)
 		}
 	}
-	if len(f.AttestedKey) > 0 {
-		if id.attestedKey, err = parseKey(f.AttestedKey); err != nil {
-			return nil, fmt.Errorf("attested key: %w", err)
-		}
-	}
 	if len(f.Chain) == 0 {
 		return id, nil
 	}
@@ -170,7 +163,7 @@ func (id *identity) save(path string) error {
 	for _, key := range []struct {
 		der *[]byte
 		key crypto.Signer
-	}{{&f.Key, id.key}, {&f.PendingKey, id.pendingKey}, {&f.AttestedKey, id.attestedKey}} {
+	}{{&f.Key, id.key}, {&f.PendingKey, id.pendingKey}} {
 		if key.key == nil {
 			continue
 		}

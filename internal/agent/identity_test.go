@@ -18,7 +18,7 @@ import (
 func testIdentity(t testing.TB) *identity {
 	ca := newTestCA(t, td)
 	id := &identity{
-		trustDomain: td, anchor: pinOf(ca.root), key: mustKey(t), pendingKey: mustKey(t), attestedKey: mustKey(t),
+		trustDomain: td, anchor: pinOf(ca.root), key: mustKey(t), pendingKey: mustKey(t),
 		agentID:    spiffeid.RequireFromPath(td, "/spire/agent/join_token/x"),
 		obtainedAt: time.Now().UTC().Truncate(time.Second), reattestable: true,
 		bundle: &registry.Bundle{TrustDomain: td, X509Authorities: authorities(ca.x509Roots()), Sequence: 7},
@@ -71,7 +71,6 @@ func TestUnusableIdentities(t *testing.T) {
 		"trust domain is missing":  func(_ *testing.T, m map[string]any) { delete(m, "trust_domain") },
 		"key:":                     func(_ *testing.T, m map[string]any) { m["key"] = "AAAA" },
 		"pending key:":             func(_ *testing.T, m map[string]any) { m["pending_key"] = "AAAA" },
-		"attested key:":            func(_ *testing.T, m map[string]any) { m["attested_key"] = "AAAA" },
 		"not for the agent":        func(_ *testing.T, m map[string]any) { m["agent_id"] = "spiffe://example.org/spire/agent/y" },
 		"is for another key":       func(t *testing.T, m map[string]any) { m["key"] = good(t)["key"] },
 		"bundle is missing":        func(_ *testing.T, m map[string]any) { delete(m, "bundle") },

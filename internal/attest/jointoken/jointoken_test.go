@@ -5,6 +5,8 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -26,6 +28,17 @@ var td = spiffeid.RequireTrustDomainFromString("example.org")
 type memory struct {
 	mu     sync.Mutex
 	tokens map[string]registry.JoinToken
+	nodes  map[spiffeid.ID]registry.Node
+}
+
+func (m *memory) GetNode(_ context.Context, id spiffeid.ID) (*registry.Node, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n, ok := m.nodes[id]
+	if !ok {
+		return nil, registry.ErrNotFound
+	}
+	return &n, nil
 }
 
 func (m *memory) GetJoinToken(_ context.Context, id string) (*registry.JoinToken, error) {
@@ -53,7 +66,7 @@ func (m *memory) PutJoinToken(_ context.Context, t *registry.JoinToken) (*regist
 func newVerifier(t *testing.T, ttl time.Duration) (*Verifier, *memory, Token, *strings.Builder) {
 	t.Helper()
 	token := NewToken()
-	store := &memory{tokens: map[string]registry.JoinToken{token.ID: {
+	store := &memory{nodes: map[spiffeid.ID]registry.Node{}, tokens: map[string]registry.JoinToken{token.ID: {
 		ID: token.ID, SecretHash: HashSecret(token.Secret), ExpiresAt: time.Now().Add(ttl), Version: 1,
 	}}}
 	logged := &strings.Builder{}
@@ -132,6 +145,43 @@ func TestRedeemBindsToTheFirstKey(t *testing.T) {
 	if strings.Contains(logged.String(), token.Secret) {
 		t.Error("the secret was logged")
 	}
+}
+
+// TestRenewedKey: the node has renewed with another key since, and its SVID has
+// expired. What it has is that key, or the one before if the reply was lost.
+func TestRenewedKey(t *testing.T) {
+	v, store, token, _ := newVerifier(t, time.Hour)
+	res, err := redeem(t, v, token.String(), newKey(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	current, next, stranger := newKey(t), newKey(t), newKey(t)
+	if _, err := redeem(t, v, token.String(), current); !errors.Is(err, attest.ErrRefused) {
+		t.Errorf("before the renewal: %v, want ErrRefused", err)
+	}
+	store.nodes[res.AgentID] = registry.Node{ID: res.AgentID, KeyHash: hashKey(t, current), NextKeyHash: hashKey(t, next)}
+	for _, key := range []*ecdsa.PublicKey{current, next} {
+		if again, err := redeem(t, v, token.String(), key); err != nil || again.AgentID != res.AgentID {
+			t.Errorf("a key of the node: %v, %v", again, err)
+		}
+	}
+	if _, err := redeem(t, v, token.String(), stranger); !errors.Is(err, attest.ErrRefused) {
+		t.Errorf("a stranger's key: %v, want ErrRefused", err)
+	}
+	store.nodes[res.AgentID] = registry.Node{ID: res.AgentID} // no key at all fits no key
+	if _, err := redeem(t, v, token.String(), current); !errors.Is(err, attest.ErrRefused) {
+		t.Errorf("a node without keys: %v, want ErrRefused", err)
+	}
+}
+
+func hashKey(t *testing.T, key *ecdsa.PublicKey) []byte {
+	t.Helper()
+	spki, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256(spki)
+	return sum[:]
 }
 
 func TestRefusals(t *testing.T) {

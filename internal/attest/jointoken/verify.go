@@ -17,11 +17,13 @@ import (
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
-// Store is where the tokens are. PutJoinToken is durable when it returns, and
-// ErrConflict if the token changed since it was read.
+// Store is where the tokens are, and the nodes that came in by them. PutJoinToken
+// is durable when it returns, and ErrConflict if the token changed since it was
+// read.
 type Store interface {
 	GetJoinToken(ctx context.Context, id string) (*registry.JoinToken, error)
 	PutJoinToken(ctx context.Context, t *registry.JoinToken) (*registry.JoinToken, error)
+	GetNode(ctx context.Context, id spiffeid.ID) (*registry.Node, error)
 }
 
 // Config of a Verifier; all fields are needed.
@@ -47,7 +49,8 @@ var (
 )
 
 // Verify redeems a token. The first redemption binds it to the key; the same
-// key may repeat it, so that a lost reply burns nothing; any other is refused.
+// key may repeat it, so that a lost reply burns nothing, and so may the key that
+// the node has renewed to since; any other is refused.
 func (v *Verifier) Verify(ctx context.Context, req attest.Request, _ func([]byte) ([]byte, error)) (*attest.Result, error) {
 	token, err := ParseToken(string(req.Payload))
 	if err != nil {
@@ -75,9 +78,14 @@ func (v *Verifier) Verify(ctx context.Context, req attest.Request, _ func([]byte
 			return nil, fmt.Errorf("reading join token %q: %w", token.ID, err)
 		case subtle.ConstantTimeCompare(t.SecretHash, HashSecret(token.Secret)) != 1:
 			return nil, refuse("wrong secret", errUnknown)
-		case len(t.KeyHash) > 0 && !bytes.Equal(t.KeyHash, keyHash[:]):
-			return nil, refuse("already redeemed with another key, from "+t.Address, errUnknown)
 		case len(t.KeyHash) > 0:
+			known, err := v.isKeyOf(ctx, t, agentID, keyHash[:])
+			if err != nil {
+				return nil, err
+			}
+			if !known {
+				return nil, refuse("already redeemed with another key, from "+t.Address, errUnknown)
+			}
 			return &attest.Result{AgentID: agentID}, nil
 		case !time.Now().Round(0).Before(t.ExpiresAt):
 			return nil, refuse("expired", errExpired)
@@ -95,4 +103,20 @@ func (v *Verifier) Verify(ctx context.Context, req attest.Request, _ func([]byte
 		}
 		return &attest.Result{AgentID: agentID}, nil
 	}
+}
+
+// isKeyOf says whether the key is the one the token is bound to, or one that its
+// node was given an SVID for since.
+func (v *Verifier) isKeyOf(ctx context.Context, t *registry.JoinToken, agentID spiffeid.ID, keyHash []byte) (bool, error) {
+	if bytes.Equal(t.KeyHash, keyHash) {
+		return true, nil
+	}
+	n, err := v.cfg.Store.GetNode(ctx, agentID)
+	if errors.Is(err, registry.ErrNotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("reading node %q: %w", agentID, err)
+	}
+	return bytes.Equal(n.KeyHash, keyHash) || bytes.Equal(n.NextKeyHash, keyHash), nil
 }
