@@ -59,6 +59,7 @@ const (
 	maxHeader          = 16 << 10
 	maxMessage         = 4 << 20 // a batch of a thousand entries fits
 	maxStreams         = 250     // calls at once on a connection
+	window             = 1 << 20 // of data in flight
 	maxConnectionAge   = 3 * time.Minute
 	connectionAgeGrace = 30 * time.Second
 	stopTimeout        = 5 * time.Second // for calls in flight
@@ -118,6 +119,9 @@ func New(cfg Config) (*Server, error) {
 		// welcome; and none stays on one server for ever.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second, MaxConnectionAge: maxConnectionAge, MaxConnectionAgeGrace: connectionAgeGrace}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+		// Fixed windows bound what a connection can make us hold, and spare the
+		// pings by which gRPC would measure the network.
+		grpc.StaticStreamWindowSize(window), grpc.StaticConnWindowSize(window),
 		// Goroutines that live on keep the stacks that signing has grown.
 		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
 	)
