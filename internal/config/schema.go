@@ -81,9 +81,9 @@ type Server struct {
 	// How long the signing CA below the root is good for. It is renewed at half
 	// of its life.
 	SigningCATTL time.Duration `toml:"signing_ca_ttl" default:"7d"`
-	// How long a key that signs JWT-SVIDs is good for. It is replaced at half
-	// of its life.
-	JWTKeyTTL time.Duration `toml:"jwt_key_ttl" default:"7d"`
+	// How long a key that signs JWT-SVIDs is good for. The next one is published
+	// at half of its life, and signs when a sixth of it is left.
+	JWTKeyTTL time.Duration `toml:"jwt_key_ttl" default:"30d"`
 	// How far in the past SVIDs begin, for machines whose clocks are behind.
 	Backdate time.Duration `toml:"backdate" default:"1m"`
 	// How often those who hold the bundle are told to look for a new one.
