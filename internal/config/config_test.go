@@ -50,7 +50,7 @@ func TestDefaults(t *testing.T) {
 			JWTKeyType:         ECP256,
 			RootTTL:            3650 * 24 * time.Hour,
 			SigningCATTL:       7 * 24 * time.Hour,
-			JWTKeyTTL:          7 * 24 * time.Hour,
+			JWTKeyTTL:          30 * 24 * time.Hour,
 			Backdate:           time.Minute,
 			RefreshHint:        5 * time.Minute,
 			StoreMaxSize:       8 << 30,

@@ -16,6 +16,9 @@ var (
 	ErrNotFound = errors.New("not found")
 	// ErrConflict says that a record exists already, or changed since it was read.
 	ErrConflict = errors.New("conflict")
+	// ErrFull says that there is no room to store anything more; nothing was
+	// changed, and reading still works.
+	ErrFull = errors.New("no space left in the store")
 	// ErrInvalid says that input broke a rule of this package. The text of
 	// the error that wraps it is fit to be shown to whoever sent the input.
 	ErrInvalid = errors.New("invalid")

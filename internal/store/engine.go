@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"github.com/spiffed/spiffed/internal/registry"
 )
 
 // Limits that every engine keeps. They fit etcd's defaults (128 operations and
@@ -32,7 +34,7 @@ var (
 	// ErrClosed says that the engine is closed.
 	ErrClosed = errors.New("the store is closed")
 	// ErrFull says that the disk or the quota is full. Nothing was changed.
-	ErrFull = errors.New("no space left in the store")
+	ErrFull = registry.ErrFull
 	// ErrBadRequest says that a key, a batch or a limit breaks the contract.
 	ErrBadRequest = errors.New("bad request to the store")
 )

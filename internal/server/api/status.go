@@ -28,6 +28,9 @@ func (a *API) statusOf(err error) error {
 		return status.Error(codes.NotFound, err.Error())
 	case errors.Is(err, registry.ErrConflict):
 		return status.Error(codes.AlreadyExists, err.Error())
+	case errors.Is(err, registry.ErrFull):
+		a.log.Error("call failed for want of space", "err", err)
+		return status.Error(codes.ResourceExhausted, "no space left in the server's store; nothing was changed: free space on its disk, or raise server.store_max_size")
 	case errors.Is(err, errNotVisible):
 		return status.Error(codes.Unavailable, err.Error())
 	case errors.Is(err, context.Canceled):
