@@ -36,6 +36,9 @@ the token in the string is good for this key alone, so if the connection breaks,
 run the same command again.
 
 The configuration holds no secret: from now on the node's key is what counts.
+The join string is kept in the folder of the agent's state, where it is good for
+that key alone: with it the node comes back by itself after it was switched off
+for longer than its SVID lasts.
 
 STRING is what "spiffed token create" printed. With - it is read from standard
 input, which keeps it out of the list of processes.`,
@@ -82,8 +85,9 @@ func join(ctx context.Context, text string, o joinOptions, stdout, stderr io.Wri
 	if err != nil {
 		return err
 	}
-	text = joinedConfig(j, dataDir)
-	if _, err := config.Parse(configPath, []byte(text)); err != nil {
+	joinFile := filepath.Join(dataDir, "join")
+	configText := joinedConfig(j, dataDir, joinFile)
+	if _, err := config.Parse(configPath, []byte(configText)); err != nil {
 		return fmt.Errorf("the configuration that would be written: %w", err)
 	}
 	if err := ownFolder(dataDir); err != nil {
@@ -103,10 +107,13 @@ func join(ctx context.Context, text string, o joinOptions, stdout, stderr io.Wri
 	if err := a.Enrol(ctx); err != nil {
 		return fmt.Errorf("enrolling: %w", err)
 	}
+	if err := durable.WriteFile(joinFile, []byte(text+"\n"), 0o600); err != nil {
+		return fmt.Errorf("the node is enrolled; keeping its join string: %w", err)
+	}
 	if err := durable.MkdirAll(filepath.Dir(configPath), 0o755); err != nil {
 		return fmt.Errorf("the node is enrolled; writing its configuration: %w", err)
 	}
-	if err := durable.WriteFile(configPath, []byte(text), 0o644); err != nil {
+	if err := durable.WriteFile(configPath, []byte(configText), 0o644); err != nil {
 		return fmt.Errorf("the node is enrolled; writing its configuration: %w", err)
 	}
 	fmt.Fprintln(stdout, a.AgentID())
@@ -114,8 +121,10 @@ func join(ctx context.Context, text string, o joinOptions, stdout, stderr io.Wri
 	return nil
 }
 
-// joinedConfig is the configuration of a node that is in: no token.
-func joinedConfig(j *joining, dataDir string) string {
+// joinedConfig is the configuration of a node that is in. The join string is not
+// in it, but where only the agent reads it: the server wants to see it again when
+// the node's SVID has expired.
+func joinedConfig(j *joining, dataDir, joinFile string) string {
 	servers := make([]string, len(j.servers))
 	for i, s := range j.servers {
 		servers[i] = strconv.Quote(s)
@@ -126,5 +135,6 @@ func joinedConfig(j *joining, dataDir string) string {
 trust_domain = %q
 server = [%s]
 data_dir = %q
-`, j.trustDomain.Name(), strings.Join(servers, ", "), dataDir)
+join_file = %q
+`, j.trustDomain.Name(), strings.Join(servers, ", "), dataDir, joinFile)
 }
