@@ -1,7 +1,11 @@
 package main
 
 import (
+	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
 	"path/filepath"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -23,9 +27,19 @@ import (
 // that child.
 func verifyStore() { bolt.MaybeVerify() }
 
-// openEngine opens the embedded store in dataDir.
+// storeFile is the embedded store within the server's data folder.
+const storeFile = "server.db"
+
+// openEngine opens the embedded store in dataDir, or makes one, unless something
+// there says that there was one.
 func openEngine(dataDir string, maxSize int64, log *slog.Logger) (store.Engine, error) {
-	return bolt.Open(filepath.Join(dataDir, "server.db"), bolt.Options{MaxSize: maxSize, Log: log})
+	path := filepath.Join(dataDir, storeFile)
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		if err := ca.CheckNew(keysIn(dataDir)); err != nil {
+			return nil, fmt.Errorf("making the store %q: %w", path, err)
+		}
+	}
+	return bolt.Open(path, bolt.Options{MaxSize: maxSize, Log: log})
 }
 
 // verifiers are the server's halves of the node attestors.

@@ -97,7 +97,7 @@ func (h *host) buildServer(ctx context.Context) error {
 	h.store = store.New(h.engine, cfg.TrustDomain)
 	h.ca, err = ca.Open(ctx, ca.Config{
 		TrustDomain: cfg.TrustDomain,
-		Dir:         filepath.Join(cfg.DataDir, "keys"),
+		Dir:         keysIn(cfg.DataDir),
 		KeyType:     ca.KeyType(cfg.CAKeyType),
 		JWTKeyType:  ca.KeyType(cfg.JWTKeyType),
 		RootTTL:     cfg.RootTTL,
@@ -183,6 +183,9 @@ func (h *host) buildAgent() error {
 	})
 	return nil
 }
+
+// keysIn is where the CA keeps its keys.
+func keysIn(dataDir string) string { return filepath.Join(dataDir, "keys") }
 
 // adminGroup is the group that may use the admin sockets: the configured one,
 // else defaultAdminGroup if this host has it.

@@ -183,14 +183,15 @@ func open(ctx context.Context, cfg Config, dir *keyDir) (*CA, error) {
 }
 
 func (c *CA) open(ctx context.Context) error {
-	if err := c.dir.prepare(); err != nil {
-		return err
-	}
 	records, bundle, err := c.cfg.Journal.LoadAuthorities(ctx)
 	if err != nil {
 		return fmt.Errorf("loading the authorities: %w", err)
 	}
-	if len(records) == 0 && bundle == nil {
+	isNew := len(records) == 0 && bundle == nil
+	if err := c.dir.prepare(isNew); err != nil {
+		return err
+	}
+	if isNew {
 		if err := c.create(ctx); err != nil {
 			return fmt.Errorf("making the first authorities: %w", err)
 		}

@@ -14,13 +14,8 @@ import (
 // the keys are on disk before the journal names them, under a name that says
 // they are pending; loading (keyDir.rootKey) takes the last step.
 func (c *CA) create(ctx context.Context) error {
-	lost, err := c.dir.rootKeys()
-	if err != nil {
+	if err := c.dir.checkNew(); err != nil {
 		return err
-	}
-	if len(lost) > 0 {
-		return fmt.Errorf("the database has no authorities, but there is a root key in %q: the database is lost, or is not the one that belongs here. "+
-			"Restore it from a backup. To begin anew, with a new root that no existing agent trusts, move the folder %q away", lost[0], c.dir.path)
 	}
 	now := wallNow()
 	if now.Year() < 2000 {
@@ -62,6 +57,23 @@ func (c *CA) create(ctx context.Context) error {
 		return fmt.Errorf("storing the authorities: %w", err)
 	}
 	c.cfg.Log.Info("made a new root", "trust_domain_id", c.td, "local_authority_id", root.ID, "expires_at", root.ExpiresAt, "type", "audit")
+	return nil
+}
+
+// CheckNew refuses if the folder holds the root key of a CA that was there before.
+// It is for who is about to make an empty store, which would be in the way of the
+// one that was lost.
+func CheckNew(dir string) error { return newKeyDir(dir).checkNew() }
+
+func (d *keyDir) checkNew() error {
+	lost, err := d.rootKeys()
+	if err != nil {
+		return err
+	}
+	if len(lost) > 0 {
+		return fmt.Errorf("the database has no authorities, but there is a root key in %q: the database is lost, or is not the one that belongs here. "+
+			"Restore it from a backup. To begin anew, with a new root that no existing agent trusts, move the folder %q away", lost[0], d.path)
+	}
 	return nil
 }
 

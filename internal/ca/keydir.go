@@ -44,13 +44,20 @@ func newKeyDir(path string) *keyDir {
 
 func (d *keyDir) file(name string) string { return filepath.Join(d.path, name) }
 
-// prepare makes the folder, and drops half-written files of an earlier process:
-// they may hold keys.
-func (d *keyDir) prepare() error {
-	if err := durable.MkdirAll(d.path, 0o700); err != nil {
-		return err
+// prepare makes the folder if the CA is new, and drops half-written files of an
+// earlier process: they may hold keys. Where the folder was lost it stays so:
+// who restores it must find things as they were.
+func (d *keyDir) prepare(isNew bool) error {
+	if isNew {
+		if err := durable.MkdirAll(d.path, 0o700); err != nil {
+			return err
+		}
 	}
 	info, err := os.Stat(d.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("the database has authorities, but the folder %q with their keys is missing; restore it from a backup. "+
+			"Without it nothing can be signed that this trust domain's members accept", d.path)
+	}
 	if err != nil {
 		return fmt.Errorf("checking the key folder: %w", err)
 	}

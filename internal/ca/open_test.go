@@ -6,8 +6,10 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -280,7 +282,7 @@ func TestRefusals(t *testing.T) {
 		{"root key missing", func(t *testing.T, _ *Config, _ *memJournal, root, _ string) { must(t, os.Remove(root)) },
 			[]string{"ROOT", "missing", "backup"}},
 		{"root key and folder missing", func(t *testing.T, cfg *Config, _ *memJournal, root, _ string) { must(t, os.RemoveAll(cfg.Dir)) },
-			[]string{"DATA", "backup"}},
+			[]string{"the folder", "is missing", "backup"}},
 		{"root key readable by the group", func(t *testing.T, _ *Config, _ *memJournal, root, _ string) { must(t, os.Chmod(root, 0o640)) },
 			[]string{"ROOT", "0640", "chmod 600"}},
 		{"root key readable by all", func(t *testing.T, _ *Config, _ *memJournal, root, _ string) { must(t, os.Chmod(root, 0o604)) },
@@ -387,10 +389,13 @@ func TestRefusals(t *testing.T) {
 			root := filepath.Join(cfg.Dir, rootKeyFile(c.state.Load().root.id))
 			data := filepath.Join(cfg.Dir, dataKeyFile)
 			test.breakIt(t, &cfg, j, root, data)
-			saves := j.saves
+			saves, before := j.saves, tree(t, filepath.Dir(cfg.Dir))
 			_, err := Open(t.Context(), cfg)
 			if err == nil {
 				t.Fatal("it opens")
+			}
+			if after := tree(t, filepath.Dir(cfg.Dir)); !slices.Equal(after, before) {
+				t.Errorf("it left %q where there was %q", after, before)
 			}
 			for _, want := range test.want {
 				want = strings.NewReplacer("ROOT", root, "DATA", data).Replace(want)
@@ -434,4 +439,17 @@ func TestConfigRefusals(t *testing.T) {
 			}
 		})
 	}
+}
+
+// tree lists what is in a folder and below.
+func tree(t *testing.T, dir string) (paths []string) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		paths = append(paths, path)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return paths
 }
