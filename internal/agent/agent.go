@@ -339,7 +339,7 @@ func (a *Agent) step(ctx context.Context) error {
 func (a *Agent) refresh(ctx context.Context) error {
 	return a.inTurn(ctx, func(l *link) error {
 		var err error
-		if !now().Before(a.nextSync) || a.takeSyncNow() {
+		if !now().Before(a.nextSyncAt()) || a.takeSyncNow() {
 			if err = a.sync(ctx, l); isAway(err) || reasonOf(err) != noReason {
 				return err
 			}
@@ -405,9 +405,18 @@ func (a *Agent) takeSyncNow() bool {
 	return was
 }
 
+// nextSyncAt is nextSync, unless that is further off than it can have been set:
+// then the clock was ahead when it was, and has been set back.
+func (a *Agent) nextSyncAt() time.Time {
+	if a.nextSync.Sub(now()) > 2*a.cfg.SyncInterval {
+		return time.Time{}
+	}
+	return a.nextSync
+}
+
 // nextStep is when there is something to do next.
 func (a *Agent) nextStep() time.Time {
-	at := a.nextSync
+	at := a.nextSyncAt()
 	_, due := a.plan(now())
 	for _, t := range []time.Time{due, a.nextRenewal()} {
 		if !t.IsZero() && t.Before(at) {
@@ -423,14 +432,16 @@ func (a *Agent) nextStep() time.Time {
 
 // wait returns at the wall time until, or earlier if ctx ends or, with kicks,
 // a workload asks for something. Timers stop while a machine sleeps, so the
-// clock is looked at again every 10 s.
+// clock is looked at again every 10 s; and should it be set back, then what has
+// really passed counts.
 func (a *Agent) wait(ctx context.Context, until time.Time, kicks bool) {
 	kick := a.kick
 	if !kicks {
 		kick = nil // the server is away: asking more often helps nobody
 	}
-	for {
-		d := until.Sub(now())
+	began := time.Now() // with the monotonic reading
+	for patience := until.Sub(now()); ; {
+		d := min(until.Sub(now()), patience-time.Since(began))
 		if d <= 0 {
 			return
 		}
@@ -463,6 +474,15 @@ const (
 type retry struct {
 	delay time.Duration
 	at    time.Time // for those who keep it: not before
+}
+
+// due says when it may be tried again. An at that is further off than the
+// longest delay is from before the clock was set back.
+func (r *retry) due(at time.Time) time.Time {
+	if r.at.Sub(at) > longestDelay+time.Second {
+		return time.Time{}
+	}
+	return r.at
 }
 
 func newRetry() *retry { return &retry{delay: firstDelay} }

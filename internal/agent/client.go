@@ -271,7 +271,6 @@ func (a *Agent) connect(addr string) (*link, error) {
 	if l := a.linkInUse(); l != nil && l.addr == addr && l.leaf == id.chain[0] {
 		return l, nil
 	}
-	a.hangUp()
 	cert := &tls.Certificate{Certificate: rawChain(id.chain), PrivateKey: id.key, Leaf: id.chain[0]}
 	l, err := a.dial(addr, cert, func(cs tls.ConnectionState) error {
 		// The roots of this moment: a connection may outlive a root.
@@ -281,8 +280,12 @@ func (a *Agent) connect(addr string) (*link, error) {
 		return nil, err
 	}
 	a.mu.Lock()
-	defer a.mu.Unlock()
+	old := a.link
 	a.link, a.address = l, addr
+	a.mu.Unlock()
+	if old != nil {
+		old.close() // after l took its place, where a call in flight on old turns to
+	}
 	return l, nil
 }
 

@@ -290,8 +290,8 @@ func (a *Agent) renewIfDue(ctx context.Context) error {
 
 // nextRenewal is when the agent's SVID is to be renewed.
 func (a *Agent) nextRenewal() time.Time {
-	if a.renewRetry.at.After(a.renewAt) {
-		return a.renewRetry.at
+	if at := a.renewRetry.due(now()); at.After(a.renewAt) {
+		return at
 	}
 	return a.renewAt
 }

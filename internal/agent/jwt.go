@@ -123,8 +123,9 @@ func (a *Agent) jwtFor(ctx context.Context, e *registry.Entry, audience []string
 
 // jwtStillGood says whether a cached JWT-SVID may still be handed out.
 func (a *Agent) jwtStillGood(c *cachedJWT) bool {
-	// What ends while it is on its way helps nobody.
-	if !now().Add(time.Second).Before(c.ExpiresAt) {
+	// What ends while it is on its way helps nobody, nor what was issued while
+	// the clock was ahead.
+	if at := now(); !at.Add(time.Second).Before(c.ExpiresAt) || c.IssuedAt.Sub(at) > time.Minute {
 		return false
 	}
 	bundle := a.snap.Load().bundle

@@ -24,6 +24,7 @@ import (
 // held is an SVID that the agent has for an entry.
 type held struct {
 	svid     *registry.X509SVID
+	starts   time.Time
 	expires  time.Time
 	revision int64               // of the entry it was issued for
 	roots    []*x509.Certificate // it was verified by
@@ -72,11 +73,12 @@ func (a *Agent) plan(at time.Time) (todo []*registry.Entry, next time.Time) {
 			continue
 		}
 		due := at
-		if h != nil && h.revision == e.Revision {
+		// One that is not valid yet was issued while the clock was ahead.
+		if h != nil && h.revision == e.Revision && !at.Before(h.starts) {
 			due = h.renewAt
 		}
-		if r := a.retries[e.ID]; r != nil && r.at.After(due) {
-			due = r.at
+		if r := a.retries[e.ID]; r != nil && r.due(at).After(due) {
+			due = r.due(at)
 		}
 		if due.After(at) {
 			if next.IsZero() || due.Before(next) {
@@ -218,6 +220,7 @@ func (a *Agent) takeSVID(l *link, e *registry.Entry, key crypto.Signer, result *
 	at := now()
 	h := &held{
 		svid:     &registry.X509SVID{ID: got.id, Chain: got.chain, PrivateKey: key},
+		starts:   got.chain[0].NotBefore,
 		expires:  expiry(got.chain),
 		revision: e.Revision,
 		roots:    got.roots,
