@@ -72,11 +72,13 @@ func (a *Agent) sync(ctx context.Context, l *link) error {
 	}
 	a.greet(ctx, l)
 
-	changed := own != a.bundle || len(federated) != len(a.federated)
+	// An attestation brings a bundle as well, which is not served yet.
+	newBundle := own != a.bundle
+	notServed := a.snap.Load().bundle != own.bundle
+	changed := notServed || len(federated) != len(a.federated)
 	for td, b := range federated {
 		changed = changed || a.federated[td] != b
 	}
-	newBundle := own != a.bundle
 	for id, old := range a.known {
 		changed = changed || known[id] != old
 	}
@@ -86,6 +88,8 @@ func (a *Agent) sync(ctx context.Context, l *link) error {
 	a.bundle, a.federated, a.known = own, federated, known
 	if newBundle {
 		a.keepBundle(own.bundle)
+	}
+	if notServed {
 		a.scheduleTainted()
 	}
 	a.forgetStale()
