@@ -37,6 +37,9 @@ func (c *CA) create(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("making the root key: %w", err)
 	}
+	if err := c.dir.settle(); err != nil {
+		return err
+	}
 	root, cert, err := c.newRoot(rootKey, now)
 	if err != nil {
 		return err

@@ -30,16 +30,18 @@ const (
 
 func rootKeyFile(id string) string { return "root-" + id + ".key" }
 
-// keyDir is the folder of the keys. write and remove are durable.WriteFile and
-// os.Remove, but for tests that fail at each step.
+// keyDir is the folder of the keys. write, remove and sync are
+// durable.WriteFile, os.Remove and durable.SyncDir, but for tests that fail at
+// each step.
 type keyDir struct {
 	path   string
 	write  func(path string, data []byte, perm os.FileMode) error
 	remove func(path string) error
+	sync   func(dir string) error
 }
 
 func newKeyDir(path string) *keyDir {
-	return &keyDir{path, durable.WriteFile, os.Remove}
+	return &keyDir{path, durable.WriteFile, os.Remove, durable.SyncDir}
 }
 
 func (d *keyDir) file(name string) string { return filepath.Join(d.path, name) }
@@ -61,14 +63,14 @@ func (d *keyDir) prepare(isNew bool) error {
 	if err != nil {
 		return fmt.Errorf("checking the key folder: %w", err)
 	}
-	if info.Mode()&0o002 != 0 {
-		return fmt.Errorf("key folder %q can be written by everybody (mode %04o); make it 0700", d.path, info.Mode().Perm())
+	if info.Mode()&0o022 != 0 { // who can write in it can plant keys of its own
+		return fmt.Errorf("key folder %q can be written by others (mode %04o); make it 0700", d.path, info.Mode().Perm())
 	}
 	// Only ours: the folder may hold what others are writing right now.
 	for _, name := range []string{dataKeyFile, pendingKeyFile, rootKeyGlob} {
-		leftovers, err := filepath.Glob(d.file("." + name + ".*.tmp"))
+		leftovers, err := d.glob("." + name + ".*.tmp")
 		if err != nil {
-			return fmt.Errorf("checking the key folder %q: %w", d.path, err)
+			return err
 		}
 		for _, path := range leftovers {
 			if err := d.remove(path); err != nil {
@@ -81,9 +83,26 @@ func (d *keyDir) prepare(isNew bool) error {
 
 // rootKeys lists the files of root keys that some record must name.
 func (d *keyDir) rootKeys() ([]string, error) {
-	paths, err := filepath.Glob(d.file(rootKeyGlob))
-	if err != nil {
-		return nil, fmt.Errorf("checking the key folder %q: %w", d.path, err)
+	return d.glob(rootKeyGlob)
+}
+
+// glob lists the files whose names match. It is not filepath.Glob, which takes
+// what is in the folder's own path for a pattern too, and says nothing of a
+// folder that it cannot read: a root key would not be seen.
+func (d *keyDir) glob(pattern string) ([]string, error) {
+	entries, err := os.ReadDir(d.path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("checking the key folder: %w", err)
+	}
+	var paths []string
+	for _, e := range entries {
+		ok, err := filepath.Match(pattern, e.Name())
+		if err != nil {
+			return nil, fmt.Errorf("checking the key folder %q: %w", d.path, err)
+		}
+		if ok {
+			paths = append(paths, d.file(e.Name()))
+		}
 	}
 	return paths, nil
 }
@@ -172,6 +191,13 @@ func (d *keyDir) pendingKey(t KeyType) (crypto.Signer, error) {
 		return nil, err
 	}
 	return key, d.writeKey(pendingKeyFile, key)
+}
+
+// settle makes sure that the keys, and the folder, are on the disk under their
+// names: a process that was killed may have given them and not come to syncing
+// that, and this one found what was in memory only.
+func (d *keyDir) settle() error {
+	return errors.Join(d.sync(d.path), d.sync(filepath.Dir(d.path)))
 }
 
 // rootKey returns the private key of the root authority with that ID and public

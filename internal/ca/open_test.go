@@ -155,6 +155,7 @@ func openCrashing(t *testing.T, cfg Config, crash *crashing) error {
 		return crash.do(func() error { return durable.WriteFile(path, data, perm) })
 	}
 	dir.remove = func(path string) error { return crash.do(func() error { return os.Remove(path) }) }
+	dir.sync = func(path string) error { return crash.do(func() error { return durable.SyncDir(path) }) }
 	_, err := open(t.Context(), cfg, dir)
 	return err
 }
@@ -222,6 +223,41 @@ func crashPoints(t *testing.T, f func(*crashing) error) func(func(crashing) bool
 				}
 			}
 		}
+	}
+}
+
+// A process that was killed may have left keys whose names are not on the disk
+// yet. They must be before the journal names what they belong to.
+func TestKeysAreSettledBeforeTheyAreNamed(t *testing.T) {
+	cfg := testConfig(t, Config{Journal: newJournal(t)})
+	first := newKeyDir(cfg.Dir)
+	if err := first.prepare(true); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := first.makeDataKey(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := first.pendingKey(ECP256); err != nil {
+		t.Fatal(err)
+	}
+	dir := newKeyDir(cfg.Dir)
+	dir.sync = func(string) error { return errFault }
+	if _, err := open(t.Context(), cfg, dir); !errors.Is(err, errFault) {
+		t.Fatalf("without syncing the folder: %v", err)
+	}
+	if j := cfg.Journal.(*memJournal); j.saves != 0 {
+		t.Error("the journal names keys that a power cut can take away")
+	}
+	var synced []string
+	dir.sync = func(path string) error {
+		synced = append(synced, path)
+		return durable.SyncDir(path)
+	}
+	if _, err := open(t.Context(), cfg, dir); err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{cfg.Dir, filepath.Dir(cfg.Dir)}; !slices.Equal(synced, want) {
+		t.Errorf("synced %q, want %q", synced, want)
 	}
 }
 
@@ -319,6 +355,8 @@ func TestRefusals(t *testing.T) {
 		{"another trust domain", func(t *testing.T, cfg *Config, _ *memJournal, _, _ string) {
 			cfg.TrustDomain = spiffeid.RequireTrustDomainFromString("example.com")
 		}, []string{`"example.org"`, `"example.com"`, "cannot be renamed"}},
+		{"folder open to the group", func(t *testing.T, cfg *Config, _ *memJournal, _, _ string) { must(t, os.Chmod(cfg.Dir, 0o770)) },
+			[]string{"0770", "0700"}},
 		{"folder open to all", func(t *testing.T, cfg *Config, _ *memJournal, _, _ string) { must(t, os.Chmod(cfg.Dir, 0o707)) },
 			[]string{"0707", "0700"}},
 		{"root not in the bundle", func(t *testing.T, _ *Config, j *memJournal, _, _ string) {
@@ -384,7 +422,8 @@ func TestRefusals(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			j := newJournal(t)
-			cfg := testConfig(t, Config{Journal: j, Dir: filepath.Join(t.TempDir(), "keys")})
+			// The brackets would be a pattern to filepath.Glob.
+			cfg := testConfig(t, Config{Journal: j, Dir: filepath.Join(t.TempDir(), "data[1]", "keys")})
 			c := openTest(t, cfg)
 			root := filepath.Join(cfg.Dir, rootKeyFile(c.state.Load().root.id))
 			data := filepath.Join(cfg.Dir, dataKeyFile)
