@@ -207,8 +207,12 @@ func (c *CA) open(ctx context.Context) error {
 		return err
 	}
 	c.publish(s)
-	if err := c.rotateJWT(ctx); err != nil {
-		return err
+	// A store that cannot be written to, its disk being full, must not keep the
+	// server down: the keys there are do sign, and Run tries again.
+	if err := c.rotateJWT(ctx); ctx.Err() != nil {
+		return ctx.Err()
+	} else if err != nil {
+		c.cfg.Log.Error("rotating the authorities; trying again", "err", err)
 	}
 	// A host without a battery-backed clock may begin in the past. It opens, and
 	// signs when the clock is right.

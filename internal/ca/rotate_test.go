@@ -385,3 +385,37 @@ func TestSigningDuringRotation(t *testing.T) {
 		wg.Wait()
 	})
 }
+
+// A server whose disk is full starts, with a rotation due, and signs; it rotates
+// when there is room again.
+func TestOpenWhileTheStoreIsFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		j := newJournal(t)
+		cfg := testConfig(t, Config{Journal: j})
+		_, first := signJWTIn(t, openTest(t, cfg), time.Minute)
+		time.Sleep(16 * day) // a key should be prepared
+		var logged bytes.Buffer
+		cfg.Log = slog.New(slog.NewTextHandler(&logged, nil))
+		cfg.RefreshHint = time.Minute // which the bundle should say
+		j.before = func() error { return registry.ErrFull }
+		c := openTest(t, cfg)
+		if !strings.Contains(logged.String(), registry.ErrFull.Error()) {
+			t.Errorf("the log does not say what is wrong: %s", &logged)
+		}
+		if _, kid := signJWTIn(t, c, time.Minute); kid != first {
+			t.Errorf("%s signs, want %s", kid, first)
+		}
+		if _, err := c.SignX509SVID(t.Context(), X509Params{ID: workload, PublicKey: newTestKey(t).Public(), TTL: time.Hour}); err != nil {
+			t.Error(err)
+		}
+		defer run(t, c)()
+		j.mu.Lock()
+		j.before = nil
+		j.mu.Unlock()
+		time.Sleep(2 * checkEvery)
+		synctest.Wait()
+		if b := c.Bundle(); len(b.JWTAuthorities) != 2 || b.RefreshHint != time.Minute {
+			t.Errorf("with room again there are %d JWT keys, and the refresh hint is %s", len(b.JWTAuthorities), b.RefreshHint)
+		}
+	})
+}
