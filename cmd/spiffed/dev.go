@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"os/user"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -68,6 +70,14 @@ It is not for production: the folder and all keys in it go when it stops.`,
 }
 
 func dev(ctx context.Context, o devOptions, stdout, stderr io.Writer) (err error) {
+	// Nor is anything left behind when the terminal goes, or when nobody reads
+	// the output to its end.
+	signal.Ignore(syscall.SIGPIPE)
+	if !signal.Ignored(syscall.SIGHUP) { // by nohup
+		var stop context.CancelFunc
+		ctx, stop = signal.NotifyContext(ctx, syscall.SIGHUP)
+		defer stop()
+	}
 	dir := o.dir
 	if dir == "" {
 		if dir, err = os.MkdirTemp("", "spiffed-dev-"); err != nil {
@@ -126,6 +136,9 @@ level = %q
 	select {
 	case <-h.agent.Ready():
 	case err := <-ended:
+		if err == nil && o.once {
+			err = errors.New("ended by a signal before there was an identity")
+		}
 		return err
 	case <-timeout.C:
 		return errors.Join(fmt.Errorf("waiting for the first identity: nothing after %s; --verbose shows the log", devWait), stop())
