@@ -57,14 +57,19 @@ func (s *Store) PutNode(ctx context.Context, n *registry.Node) (*registry.Node, 
 // DeleteNode evicts a node. See api.Store.
 func (s *Store) DeleteNode(ctx context.Context, id spiffeid.ID) error {
 	for range maxAttempts {
-		rec, err := s.loadNode(ctx, id)
-		if err != nil {
-			return err
+		rec, notFound := s.loadNode(ctx, id)
+		if notFound != nil && !errors.Is(notFound, registry.ErrNotFound) {
+			return notFound
 		}
-		cmps, ops := []Cmp{{rec.key, rec.modRev}}, []Op{Delete(rec.key)}
+		cmps, ops := []Cmp{{nodeKey(id), rec.modRev}}, []Op(nil)
+		if notFound == nil {
+			ops = append(ops, Delete(rec.key))
+		}
 		if tokenID, ok := strings.CutPrefix(id.Path(), registry.AgentPathPrefix+"join_token/"); ok {
 			token, err := s.loadToken(ctx, tokenID)
 			switch {
+			case err == nil && notFound != nil && len(token.value.KeyHash) == 0:
+				// It has let nobody in: nobody is evicted.
 			case err == nil:
 				tokenCmps, tokenOps, err := s.deleteToken(ctx, token, true)
 				if err != nil {
@@ -74,6 +79,9 @@ func (s *Store) DeleteNode(ctx context.Context, id spiffeid.ID) error {
 			case !errors.Is(err, registry.ErrNotFound):
 				return err
 			}
+		}
+		if len(ops) == 0 {
+			return notFound
 		}
 		ok, _, err := s.txn(ctx, cmps, ops)
 		if err != nil {

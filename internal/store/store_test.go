@@ -531,6 +531,25 @@ func TestEviction(t *testing.T) {
 	if _, err := s.GetJoinToken(t.Context(), "t2"); err != nil {
 		t.Error(err)
 	}
+	// A token that is bound goes although its node was never stored; one that is
+	// not has let nobody in.
+	bound, boundAlias := token("t3"), alias("c", "t3")
+	if err := s.CreateJoinToken(t.Context(), bound, boundAlias); err != nil {
+		t.Fatal(err)
+	}
+	wantErr(t, s.DeleteNode(t.Context(), id("/spire/agent/join_token/t3")), registry.ErrNotFound)
+	bound.KeyHash, bound.RedeemedAt = []byte("key"), time.Now()
+	if _, err := s.PutJoinToken(t.Context(), bound); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.DeleteNode(t.Context(), id("/spire/agent/join_token/t3")); err != nil {
+		t.Fatal(err)
+	}
+	_, err = s.GetJoinToken(t.Context(), "t3")
+	wantErr(t, err, registry.ErrNotFound)
+	_, err = s.GetEntry(t.Context(), boundAlias.ID)
+	wantErr(t, err, registry.ErrNotFound)
+	wantErr(t, s.DeleteNode(t.Context(), id("/spire/agent/join_token/t3")), registry.ErrNotFound)
 	// Without token or alias it goes as well.
 	if err := s.DeleteEntry(t.Context(), keptAlias.ID); err != nil {
 		t.Fatal(err)
@@ -783,6 +802,66 @@ func TestWatch(t *testing.T) {
 		same(t, c.Entries, []*registry.Entry{b})
 		return errEnough
 	}), errEnough)
+}
+
+// interloper lets things happen between the pages of a walk.
+type interloper struct {
+	store.Engine
+	between func(page int)
+	pages   int
+}
+
+func (e *interloper) List(ctx context.Context, prefix, after string, limit int) ([]store.Item, int64, error) {
+	if e.pages++; e.pages > 1 {
+		e.between(e.pages)
+	}
+	return e.Engine.List(ctx, prefix, after, limit)
+}
+
+// The first change is the registry at one revision, whatever happened while it
+// was read.
+func TestWatchWhileListing(t *testing.T) {
+	direct, e := open(t, bolt.Options{})
+	named := func(id, path string) *registry.Entry {
+		e := entry(path, "unix:uid:1")
+		e.ID = id
+		return e
+	}
+	gone, kept := create(t, direct, named("a-gone", "/gone")), create(t, direct, named("b-kept", "/kept"))
+	if _, err := direct.PutNode(t.Context(), &registry.Node{ID: id("/spire/agent/x")}); err != nil {
+		t.Fatal(err)
+	}
+	var created *registry.Entry
+	in := &interloper{Engine: e, between: func(page int) {
+		if page != 2 {
+			return
+		}
+		if err := direct.DeleteEntry(t.Context(), gone.ID); err != nil {
+			t.Error(err)
+		}
+		created = create(t, direct, named("a-created", "/created"))
+		kept.Hint = "changed"
+		var err error
+		if kept, err = direct.UpdateEntry(t.Context(), kept); err != nil {
+			t.Error(err)
+		}
+		if err := direct.DeleteNode(t.Context(), id("/spire/agent/x")); err != nil {
+			t.Error(err)
+		}
+	}}
+	calls := 0
+	err := store.New(in, td).Watch(t.Context(), func(c registry.Change) error {
+		if calls++; calls == 1 {
+			same(t, c, registry.Change{Revision: c.Revision, Reset: true, Entries: []*registry.Entry{created, kept}})
+			create(t, direct, named("c-next", "/next"))
+			return nil
+		}
+		if len(c.Entries) != 1 || c.Entries[0].ID != "c-next" {
+			t.Errorf("then came %+v", c)
+		}
+		return errEnough
+	})
+	wantErr(t, err, errEnough)
 }
 
 // Watchers that begin at any moment, and one so slow that it falls out of the

@@ -290,6 +290,9 @@ func TestCreateRace(t *testing.T) {
 		if len(winners) != 1 {
 			t.Fatalf("%d opened the same store", len(winners))
 		}
+		if err := create(path); err != nil { // one that comes too late replaces nothing
+			t.Error(err)
+		}
 		named, err := os.Stat(path)
 		if err != nil {
 			t.Fatal(err)

@@ -310,7 +310,7 @@ func clearDir(t testing.TB, dir string) {
 // After a power cut every acknowledged commit is there, and of the one that was
 // being made either all or nothing.
 func TestPowerCut(t *testing.T) {
-	rec := record(t, 1, 150)
+	rec := record(t, 1, max(states(t, 150), 40))
 	perCommit := states(t, 20)
 	rng := rand.New(rand.NewPCG(2, 0))
 	base := newDisk(rec.start, rec.pageSize)
@@ -331,7 +331,7 @@ func TestPowerCut(t *testing.T) {
 		d := base.clone()
 		allowed := []int64{lastRev}
 		what := "while data was written"
-		switch kind := n % 4; kind {
+		switch kind := rng.IntN(4); kind {
 		case 0, 1:
 			tornData(rng, d, c)
 		default:
@@ -416,7 +416,7 @@ func TestPowerCutOpen(t *testing.T) {
 // of what it points to is not. Nothing can bring the commit back, but it must
 // not pass for one. (It is also how the tests above are known to have teeth.)
 func TestLyingDisk(t *testing.T) {
-	rec := record(t, 5, 100)
+	rec := record(t, 5, max(states(t, 100), 40))
 	perCommit := states(t, 6)
 	rng := rand.New(rand.NewPCG(6, 0))
 	base := newDisk(rec.start, rec.pageSize)
