@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/url"
 	"strings"
 	"sync"
@@ -14,6 +15,7 @@ import (
 
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -310,6 +312,66 @@ func TestEvictedWhileAttesting(t *testing.T) {
 		t.Errorf("the node is back: %v", err)
 	}
 	wantReason(t, "its SVID", ping(t, r.dial(svidOf(t, result.Svid, key))), types.PermissionDeniedDetails_AGENT_NOT_ATTESTED)
+}
+
+// TestAttestsWhileEvicted: the attestation begins when the eviction is under way,
+// with the token still there, and ends after it.
+func TestAttestsWhileEvicted(t *testing.T) {
+	r := newRig(t)
+	key := newKey(t)
+	token := r.token("").Token
+	result, err := r.attest("join_token", token, newCSR(t, key, nil), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	evicted, storing, attested := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	var once, onceDeleted sync.Once
+	r.store.onPut(func(*registry.Node) {
+		once.Do(func() { close(storing) })
+		<-evicted
+	})
+	r.store.onDelete(func() {
+		onceDeleted.Do(func() {
+			go func() {
+				_, err := r.attest("join_token", token, newCSR(t, key, nil), nil)
+				attested <- err
+			}()
+			<-storing
+		})
+	})
+	if _, err := r.agents().DeleteAgent(t.Context(), &agentv1.DeleteAgentRequest{Id: result.Svid.Id}); err != nil {
+		t.Fatal(err)
+	}
+	close(evicted)
+	wantReason(t, "evicted meanwhile", <-attested, types.PermissionDeniedDetails_AGENT_NOT_ATTESTED)
+	if _, err := r.store.GetNode(t.Context(), id(result.Svid.Id.Path)); !errors.Is(err, registry.ErrNotFound) {
+		t.Errorf("the node is back: %v", err)
+	}
+}
+
+// TestBoundAndNeverIn: a caller bound the token to its key and hung up. The
+// operator can shut it out although there is no node to ban or evict.
+func TestBoundAndNeverIn(t *testing.T) {
+	r := newRig(t)
+	token := r.token("web-9")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	verifier := jointoken.NewVerifier(jointoken.Config{TrustDomain: td, Store: r.store, Log: slog.New(slog.DiscardHandler)})
+	key := newKey(t)
+	if _, err := verifier.Verify(ctx, attest.Request{Payload: []byte(token.Token), PublicKey: key.Public(), Address: "192.0.2.1:1"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	_, err := r.attest("join_token", token.Token, newCSR(t, newKey(t), nil), nil)
+	wantCode(t, "the node that the token was for", err, codes.InvalidArgument)
+	if _, err := adminv1.NewServerClient(r.admin).RevokeJoinToken(t.Context(), &adminv1.RevokeJoinTokenRequest{Id: token.Info.Id}); err != nil {
+		t.Fatal(err)
+	}
+	_, err = r.attest("join_token", token.Token, newCSR(t, key, nil), nil)
+	wantCode(t, "the key it was bound to", err, codes.InvalidArgument)
+	list, err := r.entries().ListEntries(t.Context(), &entryv1.ListEntriesRequest{})
+	if err != nil || len(list.Entries) != 0 {
+		t.Errorf("its alias: %v, %v", list, err)
+	}
 }
 
 // TestAttestedTwiceAtOnce: another reply to the same node got ahead.

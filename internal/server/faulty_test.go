@@ -4,6 +4,8 @@ import (
 	"context"
 	"sync"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/spiffed/spiffed/internal/registry"
 	"github.com/spiffed/spiffed/internal/store"
 )
@@ -15,6 +17,7 @@ type faultyStore struct {
 	mu        sync.Mutex
 	hold      chan struct{}        // not nil: the watch waits until it is closed
 	beforePut func(*registry.Node) // runs before a node is stored
+	beforeDel func()               // runs before a node is deleted
 	watchErr  error                // ends the watch, with its next change at the latest
 }
 
@@ -44,6 +47,23 @@ func (f *faultyStore) PutNode(ctx context.Context, n *registry.Node) (*registry.
 		before(n)
 	}
 	return f.Store.PutNode(ctx, n)
+}
+
+func (f *faultyStore) DeleteNode(ctx context.Context, id spiffeid.ID) error {
+	f.mu.Lock()
+	before := f.beforeDel
+	f.mu.Unlock()
+	if before != nil {
+		before()
+	}
+	return f.Store.DeleteNode(ctx, id)
+}
+
+// onDelete has f run before a node is deleted; nil: nothing.
+func (f *faultyStore) onDelete(before func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.beforeDel = before
 }
 
 // failWatch has every watch fail; nil: no more.

@@ -135,7 +135,9 @@ func (s *adminService) ListJoinTokens(ctx context.Context, _ *adminv1.ListJoinTo
 	return resp, err
 }
 
-// RevokeJoinToken ends a token that has not been redeemed.
+// RevokeJoinToken ends a token that has let no node in. One that is bound to a
+// key although its node never came in (the caller hung up, the server was
+// stopped) would else let that key in for ever.
 func (s *adminService) RevokeJoinToken(ctx context.Context, req *adminv1.RevokeJoinTokenRequest) (*adminv1.RevokeJoinTokenResponse, error) {
 	id := req.Id
 	if tokenID, _, err := s.cfg.Tokens.Parse(req.Id); err != nil {
@@ -156,7 +158,18 @@ func (s *adminService) RevokeJoinToken(ctx context.Context, req *adminv1.RevokeJ
 			if err != nil {
 				return nil, err
 			}
-			return nil, status.Errorf(codes.FailedPrecondition, "join token %q is redeemed already; to shut the node out, ban or evict %q", id, agentID)
+			_, err = s.cfg.Store.GetNode(ctx, agentID)
+			if err == nil {
+				return nil, status.Errorf(codes.FailedPrecondition, "join token %q is redeemed already; to shut the node out, ban or evict %q", id, agentID)
+			}
+			if errors.Is(err, registry.ErrNotFound) {
+				err = s.evict(ctx, agentID)
+			}
+			if err != nil {
+				return nil, fmt.Errorf("revoking join token %q: %w", id, err)
+			}
+			s.audit(ctx, "revoked join token", slog.String("agent_id", agentID.String()))
+			return &adminv1.RevokeJoinTokenResponse{}, nil
 		}
 		// It is ended before it is deleted, so that it is not redeemed in between.
 		ended := *t

@@ -237,12 +237,17 @@ func (s *agentService) DeleteAgent(ctx context.Context, req *agentv1.DeleteAgent
 	if err != nil {
 		return nil, err
 	}
-	s.attempts.evict(id)
-	if err := s.cfg.Store.DeleteNode(ctx, id); err != nil {
+	if err := s.evict(ctx, id); err != nil {
 		return nil, err
 	}
 	s.audit(ctx, "evicted agent", slog.String("agent_id", id.String()))
 	return &emptypb.Empty{}, s.cfg.State.awaitNoNode(ctx, before)
+}
+
+// evict removes a node, so that no attestation under way brings it back.
+func (a *API) evict(ctx context.Context, id spiffeid.ID) error {
+	defer a.attempts.evict(id)()
+	return a.cfg.Store.DeleteNode(ctx, id)
 }
 
 // BanAgent shuts a node out until it is evicted.

@@ -30,11 +30,12 @@ const (
 )
 
 // attempts are the attestations under way. An eviction marks its node in all of
-// them: the proof may have been judged before the eviction, and must not bring
-// the node back after it.
+// them, those that begin during it as well: the proof may have been judged before
+// the eviction, and must not bring the node back after it.
 type attempts struct {
-	mu      sync.Mutex
-	current map[*attempt]struct{}
+	mu       sync.Mutex
+	current  map[*attempt]struct{}
+	evicting map[spiffeid.ID]int // evictions under way
 }
 
 type attempt struct{ evicted map[spiffeid.ID]bool }
@@ -54,18 +55,30 @@ func (s *attempts) begin() (*attempt, func()) {
 	}
 }
 
-func (s *attempts) evict(id spiffeid.ID) {
+// evict begins the eviction of a node; it is over when end is called.
+func (s *attempts) evict(id spiffeid.ID) (end func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for t := range s.current {
-		t.evicted[id] = true
+	if s.evicting == nil {
+		s.evicting = map[spiffeid.ID]int{}
+	}
+	s.evicting[id]++
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for t := range s.current {
+			t.evicted[id] = true
+		}
+		if s.evicting[id]--; s.evicting[id] == 0 {
+			delete(s.evicting, id)
+		}
 	}
 }
 
 func (s *attempts) isEvicted(t *attempt, id spiffeid.ID) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return t.evicted[id]
+	return t.evicted[id] || s.evicting[id] > 0
 }
 
 // AttestAgent lets a node in and gives it its SVID.

@@ -29,8 +29,9 @@ type Store interface {
 	// PutNode stores n if the stored node is still at n.Version (0: there must
 	// be none; else ErrConflict) and returns it with its new Version.
 	PutNode(ctx context.Context, n *registry.Node) (*registry.Node, error)
-	// DeleteNode evicts a node: its join token and the alias entries below it
-	// go with it.
+	// DeleteNode evicts a node: its join token and the alias entry made with it
+	// go as well, also where the token is bound to a key and the node was never
+	// stored. ErrNotFound if there is neither.
 	DeleteNode(ctx context.Context, id spiffeid.ID) error
 	GetNode(ctx context.Context, id spiffeid.ID) (*registry.Node, error)
 	ListNodes(ctx context.Context, after string, limit int) ([]*registry.Node, error)
