@@ -26,16 +26,21 @@ func (a *API) memberID(p *types.SPIFFEID, what string) (spiffeid.ID, error) {
 	if p == nil {
 		return spiffeid.ID{}, registry.Invalidf("%s is missing", what)
 	}
-	if p.TrustDomain != a.cfg.TrustDomain.Name() {
-		return spiffeid.ID{}, registry.Invalidf("%s: %q is not in the trust domain %q", what, p.TrustDomain+p.Path, a.cfg.TrustDomain)
+	if strings.Contains(p.TrustDomain, "/") {
+		return spiffeid.ID{}, registry.Invalidf("%s: trust domain: a name is wanted, without a scheme or a path", what)
 	}
 	path := p.Path
 	if path != "" && path[0] != '/' { // the API allows it; nothing else is forgiven
 		path = "/" + path
 	}
-	id, err := registry.MakeID(a.cfg.TrustDomain, path)
+	// By ParseID, which repeats nothing that is too long: an error goes back to
+	// the caller, and into a header of limited size.
+	id, err := registry.ParseID("spiffe://" + p.TrustDomain + path)
 	if err != nil {
 		return spiffeid.ID{}, registry.Invalidf("%s: %w", what, err)
+	}
+	if !id.MemberOf(a.cfg.TrustDomain) {
+		return spiffeid.ID{}, registry.Invalidf("%s: %q is not in the trust domain %q", what, id, a.cfg.TrustDomain)
 	}
 	return id, nil
 }
