@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"errors"
+	"strings"
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
@@ -23,11 +24,11 @@ func (a *API) statusOf(err error) error {
 	}
 	switch {
 	case errors.Is(err, registry.ErrInvalid):
-		return status.Error(codes.InvalidArgument, err.Error())
+		return status.Error(codes.InvalidArgument, short(err.Error()))
 	case errors.Is(err, registry.ErrNotFound):
-		return status.Error(codes.NotFound, err.Error())
+		return status.Error(codes.NotFound, short(err.Error()))
 	case errors.Is(err, registry.ErrConflict):
-		return status.Error(codes.AlreadyExists, err.Error())
+		return status.Error(codes.AlreadyExists, short(err.Error()))
 	case errors.Is(err, registry.ErrFull):
 		a.log.Error("call failed for want of space", "err", err)
 		return status.Error(codes.ResourceExhausted, "no space left in the server's store; nothing was changed: free space on its disk, or raise server.store_max_size")
@@ -40,6 +41,18 @@ func (a *API) statusOf(err error) error {
 	}
 	a.log.Error("call failed", "err", err)
 	return status.Error(codes.Internal, "internal error, see the server's log")
+}
+
+// maxText is how much an error says over the wire, in bytes. It often repeats
+// what came, at any length, and goes back in a header, of which clients take
+// little. Two SPIFFE IDs fit.
+const maxText = 5 << 10
+
+func short(text string) string {
+	if len(text) <= maxText {
+		return text
+	}
+	return strings.ToValidUTF8(text[:maxText], "") + "… (cut)"
 }
 
 // itemStatus is statusOf for an item of a batch.

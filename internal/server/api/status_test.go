@@ -27,6 +27,7 @@ func TestStatusOf(t *testing.T) {
 		hidden bool   // the cause must not go out, but must be logged
 	}{
 		{registry.Invalidf("selector %q", "x"), codes.InvalidArgument, "selector", false},
+		{registry.Invalidf("selector %q", strings.Repeat("ü", 1<<20)), codes.InvalidArgument, "üüü… (cut)", false},
 		{fmt.Errorf("entry %q: %w", "x", registry.ErrNotFound), codes.NotFound, "entry", false},
 		{fmt.Errorf("entry %q: %w", "x", registry.ErrConflict), codes.AlreadyExists, "entry", false},
 		{fmt.Errorf("writing %s: %w", secret, registry.ErrFull), codes.ResourceExhausted, "store_max_size", true},
@@ -36,7 +37,7 @@ func TestStatusOf(t *testing.T) {
 	} {
 		logged.Reset()
 		st := status.Convert(a.statusOf(c.err))
-		if st.Code() != c.code || !strings.Contains(st.Message(), c.shown) {
+		if st.Code() != c.code || !strings.Contains(st.Message(), c.shown) || len(st.Message()) > maxText+20 {
 			t.Errorf("%v: %s %q, want %s with %q", c.err, st.Code(), st.Message(), c.code, c.shown)
 		}
 		if c.hidden && (strings.Contains(st.Message(), secret) || !strings.Contains(logged.String(), secret)) {
