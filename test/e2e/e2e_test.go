@@ -171,7 +171,7 @@ func eventually(t testing.TB, what string, try func() error) {
 
 // fleet is one server and one agent on this host.
 type fleet struct {
-	t testing.TB // whose processes these are; a subtest's end must not stop them
+	t                                testing.TB // whose processes these are; a subtest's end must not stop them
 	dir, admin, workload, agentAdmin string
 	addr                             string
 	serverConfig, agentConfig        string
@@ -208,6 +208,11 @@ func newFleet(t testing.TB, extra string) *fleet {
 // newServer starts a server alone, with a join string for its first node.
 func newServer(t testing.TB, extra string) *fleet {
 	t.Helper()
+	return newServerOf(t, "example.org", extra)
+}
+
+func newServerOf(t testing.TB, trustDomain, extra string) *fleet {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Fatal("these tests need root: they start processes of other users")
 	}
@@ -227,13 +232,13 @@ func newServer(t testing.TB, extra string) *fleet {
 	}
 	f.serverConfig = f.write(t, "server.toml", fmt.Sprintf(`
 [server]
-trust_domain = "example.org"
+trust_domain = %q
 listen = %q
 advertise = [%q]
 data_dir = %q
 admin_socket = %q
 %s
-`, f.addr, f.addr, filepath.Join(dir, "server"), f.admin, extra))
+`, trustDomain, f.addr, f.addr, filepath.Join(dir, "server"), f.admin, extra))
 	f.startServer(t)
 	f.join = f.token(t, "--name", "host-1")
 	return f
