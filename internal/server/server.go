@@ -111,7 +111,8 @@ func New(cfg Config) (*Server, error) {
 		ServerSVID: s.svid.chain, LogLevel: cfg.LogLevel, Log: cfg.Log,
 	})
 	s.network = grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(s.tlsConfig())),
+		grpc.Creds(newStrangers(credentials.NewTLS(s.tlsConfig()), cfg.Log)),
+		grpc.InTapHandle(s.api.Tap),
 		grpc.UnaryInterceptor(s.api.Unary), grpc.StreamInterceptor(s.api.Stream),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxHeaderListSize(maxHeader), grpc.MaxConcurrentStreams(maxStreams),
@@ -119,8 +120,8 @@ func New(cfg Config) (*Server, error) {
 		// welcome; and none stays on one server for ever.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second, MaxConnectionAge: maxConnectionAge, MaxConnectionAgeGrace: connectionAgeGrace}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
-		// Fixed windows bound what a connection can make us hold, and spare the
-		// pings by which gRPC would measure the network.
+		// Fixed windows spare the pings by which gRPC would measure the network.
+		// They bound what a stream holds before it is read, and no more.
 		grpc.StaticStreamWindowSize(window), grpc.StaticConnWindowSize(window),
 		// Goroutines that live on keep the stacks that signing has grown.
 		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),

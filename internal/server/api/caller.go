@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 
 	"github.com/spiffed/spiffed/internal/peercred"
 	"github.com/spiffed/spiffed/internal/registry"
@@ -58,12 +59,14 @@ func (c *caller) String() string {
 	return c.id.String()
 }
 
-// source names where a call comes from, for limits: an IPv6 network counts as
+func (c *caller) source() string { return Source(c.addr) }
+
+// Source names where a call comes from, for limits: an IPv6 network counts as
 // one, since a host there has as many addresses as it likes.
-func (c *caller) source() string {
-	ap, err := netip.ParseAddrPort(c.addr.String())
+func Source(from net.Addr) string {
+	ap, err := netip.ParseAddrPort(from.String())
 	if err != nil {
-		return c.addr.String()
+		return from.String()
 	}
 	addr := ap.Addr().Unmap().WithZone("")
 	if addr.Is6() {
@@ -129,8 +132,26 @@ func denied(reason types.PermissionDeniedDetails_Reason, format string, args ...
 	return st.Err()
 }
 
+func reasonOf(err error) types.PermissionDeniedDetails_Reason {
+	for _, detail := range status.Convert(err).Details() {
+		if d, ok := detail.(*types.PermissionDeniedDetails); ok {
+			return d.Reason
+		}
+	}
+	return types.PermissionDeniedDetails_UNKNOWN
+}
+
 // authorize says who calls, if that caller may call the method.
 func (a *API) authorize(ctx context.Context, method string) (*caller, error) {
+	c, err := a.check(ctx, method)
+	if err == nil && c.kinds&Agent != 0 {
+		err = a.promoteNext(ctx, c)
+	}
+	return c, err
+}
+
+// check is authorize without a trace of the call.
+func (a *API) check(ctx context.Context, method string) (*caller, error) {
 	c, err := identify(ctx)
 	if err != nil {
 		return nil, status.Errorf(codes.Unauthenticated, "identifying the caller: %v", err)
@@ -145,10 +166,20 @@ func (a *API) authorize(ctx context.Context, method string) (*caller, error) {
 	if allowed&c.kinds == 0 {
 		return c, status.Errorf(codes.PermissionDenied, "%s may not call %s", c, method)
 	}
-	if c.kinds&Agent != 0 {
-		return c, a.promoteNext(ctx, c)
-	}
 	return c, nil
+}
+
+// Tap refuses who may not call a method before the request is read: it may be
+// large, and gRPC would keep it until it is complete. Unary and Stream ask again.
+func (a *API) Tap(ctx context.Context, info *tap.Info) (context.Context, error) {
+	if allowed, known := rules[info.FullMethodName]; !known || allowed == Local {
+		return ctx, nil // it is not served on the network, and gRPC says so
+	}
+	c, err := a.check(ctx, info.FullMethodName)
+	if err != nil {
+		a.refuse(ctx, c, info.FullMethodName, err)
+	}
+	return ctx, err
 }
 
 // resolve finds out what the SVID of a caller is good for, from memory. It is
@@ -220,9 +251,15 @@ func (a *API) promoteNext(ctx context.Context, c *caller) error {
 	return a.resolve(c)
 }
 
-// reauthorize asks again in the course of a stream.
+// reauthorize asks again in the course of a stream. An agent may have renewed
+// its SVID meanwhile and used the next one on another connection. SPIRE's agents
+// end at AGENT_NOT_ACTIVE, so they are only told to ask again; with an SVID that
+// does not count they get no further then.
 func (a *API) reauthorize(ctx context.Context, method string) (*caller, error) {
 	c, err := a.authorize(ctx, method)
+	if reasonOf(err) == types.PermissionDeniedDetails_AGENT_NOT_ACTIVE {
+		return nil, status.Error(codes.Unavailable, "the SVID was replaced in the course of the call; call again with the new one")
+	}
 	if err != nil {
 		a.refuse(ctx, c, method, err)
 		return nil, err
