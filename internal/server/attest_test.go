@@ -119,6 +119,22 @@ func TestAttestByToken(t *testing.T) {
 	}
 }
 
+// Callers that leave without a word are no fault of the server's.
+func TestAttestWithoutRequest(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	stream, err := agentv1.NewAgentClient(r.dial(nil)).AttestAgent(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = stream.CloseSend()
+	_, err = stream.Recv()
+	wantCode(t, "no request", err, codes.InvalidArgument)
+	if strings.Contains(r.logs.String(), `"level":"ERROR"`) {
+		t.Errorf("log: %s", r.logs.String())
+	}
+}
+
 func TestAttestRefuses(t *testing.T) {
 	verifier := &askVerifier{}
 	r := newRig(t, func(c *Config) { c.Verifiers = append(c.Verifiers, verifier) })

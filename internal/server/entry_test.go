@@ -418,7 +418,34 @@ func TestSync(t *testing.T) {
 	if resp, err := stream.Recv(); err != nil || resp.More || len(resp.Entries) != 1 || resp.Entries[0].Id != all[3].Id {
 		t.Errorf("%v, %v", resp, err)
 	}
+	// Meanwhile the agent renews its SVID, and uses it on another connection. At
+	// AGENT_NOT_ACTIVE an agent of SPIRE would delete its SVID and end.
+	key := newKey(t)
+	renewed, err := agentv1.NewAgentClient(a.conn).RenewAgent(t.Context(), &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: newCSR(t, key, nil)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := r.dial(svidOf(t, renewed.Svid, key))
+	if err := ping(t, conn); err != nil {
+		t.Fatal(err)
+	}
+	_ = stream.Send(&entryv1.SyncAuthorizedEntriesRequest{Ids: []string{all[3].Id}})
+	_, err = stream.Recv()
+	wantCode(t, "open stream of an SVID that was replaced", err, codes.Unavailable)
+	wantReason(t, "a new call with it", ping(t, a.conn), types.PermissionDeniedDetails_AGENT_NOT_ACTIVE)
+
 	// The stream is open; a ban ends it with the next message.
+	if stream, err = entryv1.NewEntryClient(conn).SyncAuthorizedEntries(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	_ = stream.Send(&entryv1.SyncAuthorizedEntriesRequest{})
+	for more := true; more; {
+		resp, err := stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		more = resp.More
+	}
 	if _, err := r.agents().BanAgent(t.Context(), &agentv1.BanAgentRequest{Id: a.id()}); err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -208,7 +209,7 @@ func TestMint(t *testing.T) {
 }
 
 func TestRateLimits(t *testing.T) {
-	r := newRig(t, func(c *Config) { c.AttestRate, c.SignRate = 0.001, 10 })
+	r := newRig(t, func(c *Config) { c.AttestRate, c.SignRate = 0.001, 0.1 })
 	csr := newCSR(t, newKey(t), nil)
 	var err error
 	for i := 0; i < 5 && err == nil; i++ { // a few attempts are free
@@ -237,6 +238,11 @@ func TestRateLimits(t *testing.T) {
 	wantCode(t, "the next at once", err, codes.ResourceExhausted)
 	if !strings.Contains(status.Convert(err).Message(), "try again in") {
 		t.Errorf("message %q", err)
+	}
+	// What workloads can make their agent ask for does not keep it from renewing
+	// its own SVID.
+	if _, err := agentv1.NewAgentClient(r.dial(svids[0])).RenewAgent(t.Context(), &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: csr}}); err != nil {
+		t.Errorf("renewal beside: %v", err)
 	}
 	_, err = svidv1.NewSVIDClient(r.dial(svids[1])).NewJWTSVID(t.Context(), &svidv1.NewJWTSVIDRequest{EntryId: "nowhere", Audience: []string{"x"}})
 	wantCode(t, "another agent", err, codes.NotFound)

@@ -42,7 +42,8 @@ func (o *ownSVID) get(ctx context.Context) (*tls.Certificate, []*x509.Certificat
 	defer o.mu.Unlock()
 	now := time.Now().Round(0)
 	sequence := o.cfg.CA.Bundle().Sequence
-	if o.cert == nil || !now.Before(o.renewAt) || sequence != o.sequence {
+	// One that is not valid yet was made while the clock was ahead.
+	if o.cert == nil || !now.Before(o.renewAt) || now.Before(o.certs[0].NotBefore) || sequence != o.sequence {
 		err := o.renew(ctx, now, sequence)
 		if err != nil && (o.cert == nil || !now.Before(o.certs[0].NotAfter)) {
 			return nil, nil, fmt.Errorf("making the server's own SVID: %w", err)

@@ -189,6 +189,15 @@ func TestServerCertificate(t *testing.T) {
 	if again := r.svidChain(t); again[0].Equal(chain[0]) || again[0].PublicKey.(*ecdsa.PublicKey).Equal(chain[0].PublicKey) {
 		t.Error("no new SVID, or with the old key")
 	}
+	// The clock was ahead, and has been set back.
+	ahead := *r.svidChain(t)[0]
+	ahead.NotBefore, ahead.NotAfter = ahead.NotBefore.Add(48*time.Hour), ahead.NotAfter.Add(48*time.Hour)
+	r.server.svid.mu.Lock()
+	r.server.svid.certs, r.server.svid.renewAt = []*x509.Certificate{&ahead}, time.Now().Add(48*time.Hour)
+	r.server.svid.mu.Unlock()
+	if again := r.svidChain(t); again[0].NotBefore.After(time.Now()) {
+		t.Error("an SVID that is not valid yet is presented for two days")
+	}
 }
 
 func TestTLSParameters(t *testing.T) {

@@ -277,7 +277,7 @@ func (s *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 	if c.node.CanReattest {
 		return nil, denied(types.PermissionDeniedDetails_AGENT_MUST_REATTEST, "agent %q renews its SVID by attesting again", c.id)
 	}
-	if err := s.signLimit.wait(ctx, c.id.String(), 1); err != nil {
+	if err := s.renewLimit.wait(ctx, c.id.String(), 1); err != nil {
 		return nil, err
 	}
 	csr, err := ca.ParseCSR(req.GetParams().GetCsr())
@@ -320,7 +320,7 @@ func (s *agentService) PostStatus(ctx context.Context, req *agentv1.PostStatusRe
 	if version == "" || version == c.node.AgentVersion {
 		return &agentv1.PostStatusResponse{}, nil
 	}
-	if err := s.signLimit.wait(ctx, c.id.String(), 1); err != nil { // a write is no cheaper than a signature
+	if err := s.renewLimit.wait(ctx, c.id.String(), 1); err != nil { // a write is no cheaper than a signature
 		return nil, err
 	}
 	_, err := s.updateNode(ctx, c.id, func(n *registry.Node) error {

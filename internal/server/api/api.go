@@ -42,7 +42,7 @@ type Config struct {
 
 	AdminIDs   []spiffeid.ID // may be empty
 	AttestRate float64       // attestations a second for each source address; 0: no limit
-	SignRate   float64       // signatures a second for each agent; 0: no limit
+	SignRate   float64       // signatures of a kind a second for each agent; 0: no limit
 
 	Advertise []string // host:port, for join strings; may be empty
 	Listen    string   // where the server listens, for the status
@@ -72,7 +72,10 @@ type API struct {
 	log         *slog.Logger
 	verifiers   map[string]attest.Verifier
 	attestLimit *limiter
-	signLimit   *limiter
+	// Workloads can make their agent ask for any number of JWT-SVIDs. That must
+	// keep it neither from its other SVIDs nor from its own.
+	x509Limit, jwtLimit, renewLimit *limiter
+
 	refusals    *refusalLog
 	launchLevel slog.Level
 
@@ -87,7 +90,9 @@ func New(cfg Config) *API {
 		log:         cfg.Log,
 		verifiers:   map[string]attest.Verifier{},
 		attestLimit: newLimiter(cfg.AttestRate, 1),
-		signLimit:   newLimiter(cfg.SignRate, maxCSRs),
+		x509Limit:   newLimiter(cfg.SignRate, maxCSRs),
+		jwtLimit:    newLimiter(cfg.SignRate, maxCSRs),
+		renewLimit:  newLimiter(cfg.SignRate, maxCSRs),
 		refusals:    newRefusalLog(cfg.Log),
 		launchLevel: cfg.LogLevel.Level(),
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"sync"
@@ -111,6 +112,9 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 		}
 	}
 	first, err := receive()
+	if errors.Is(err, io.EOF) {
+		return registry.Invalidf("the stream ended without a request")
+	}
 	if err != nil {
 		return err
 	}
@@ -136,6 +140,9 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 			return nil, err
 		}
 		resp, err := receive()
+		if errors.Is(err, io.EOF) {
+			return nil, fmt.Errorf("%w: the stream ended without an answer to the challenge", attest.ErrRefused)
+		}
 		if err != nil {
 			return nil, err
 		}

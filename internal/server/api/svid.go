@@ -30,7 +30,7 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	if n == 0 || n > maxCSRs {
 		return nil, registry.Invalidf("%d CSRs, want 1 to %d", n, maxCSRs)
 	}
-	if err := s.signLimit.wait(ctx, c.id.String(), n); err != nil {
+	if err := s.x509Limit.wait(ctx, c.id.String(), n); err != nil {
 		return nil, err
 	}
 	index := s.cfg.State.live()
@@ -108,7 +108,7 @@ func (s *svidService) auditIssued(ctx context.Context, items []issuance) {
 // NewJWTSVID signs a JWT-SVID for an entry that the calling agent may serve.
 func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*svidv1.NewJWTSVIDResponse, error) {
 	c := callerOf(ctx)
-	if err := s.signLimit.wait(ctx, c.id.String(), 1); err != nil {
+	if err := s.jwtLimit.wait(ctx, c.id.String(), 1); err != nil {
 		return nil, err
 	}
 	e, ok := s.cfg.State.live().Entitled(c.node.ID, c.node.selectors, req.EntryId)
