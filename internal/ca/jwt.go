@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -84,7 +85,9 @@ func (c *CA) SignJWTSVID(ctx context.Context, p JWTParams) (*registry.JWTSVID, e
 		if err := c.rotateJWT(ctx); err != nil {
 			return nil, fmt.Errorf("signing a JWT-SVID: %w", err)
 		}
-		key = c.state.Load().jwt
+		if key = c.state.Load().jwt; !key.valid(now) {
+			return nil, errors.New("signing a JWT-SVID: no key is valid by the host's clock")
+		}
 	}
 	svid, err := signJWT(key, p, audience, c.cfg.JWTIssuer, now)
 	if err != nil {

@@ -97,6 +97,11 @@ func (c *CA) rotateJWT(ctx context.Context) error {
 	now := wallNow()
 	lead := publishHints * c.cfg.RefreshHint
 	s := c.state.Load()
+	if now.Before(s.root.cert.NotBefore) {
+		// The clock is behind. By it the keys are all from the future, and what
+		// would replace them has expired when the clock is set.
+		return nil
+	}
 	if planJWT(now, s.records, lead).empty() && s.bundle.RefreshHint == c.cfg.RefreshHint {
 		return nil
 	}

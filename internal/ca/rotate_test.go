@@ -266,13 +266,24 @@ func TestClockBehind(t *testing.T) {
 	openTest(t, cfg)                      // by the real clock
 	synctest.Test(t, func(t *testing.T) { // in the year 2000
 		c := openTest(t, cfg)
+		before := c.Bundle()
+		stop := run(t, c)
+		time.Sleep(2 * time.Hour)
+		stop()
 		p := X509Params{ID: workload, PublicKey: newTestKey(t).Public(), TTL: time.Hour}
 		if chain, err := c.SignX509SVID(t.Context(), p); !errors.Is(err, errRootValidity) || chain != nil {
 			t.Errorf("with the clock behind: %v, %v", chain, err)
 		}
+		// A key made now would be worthless in a moment, and the good one gone.
+		if c.Bundle() != before {
+			t.Error("with the clock behind the JWT keys were rotated")
+		}
 		time.Sleep(time.Until(c.Root().NotBefore.Add(time.Hour)))
 		if _, err := c.SignX509SVID(t.Context(), p); err != nil {
 			t.Error(err)
+		}
+		if _, kid := signJWTIn(t, c, time.Minute); kid != before.JWTAuthorities[0].KeyID {
+			t.Errorf("%s signs, and nobody knows it yet", kid)
 		}
 	})
 }
