@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -50,7 +51,8 @@ type host struct {
 	ca     *ca.CA
 	server *server.Server
 
-	agent         *agent.Agent // nil without the agent role; so are the next three
+	agent         *agent.Agent // nil without the agent role; so are the next four
+	agentFolder   io.Closer    // held
 	agentAdminAt  net.Listener
 	workloads     *workloadapi.Server
 	workloadsAt   net.Listener
@@ -152,6 +154,11 @@ func (h *host) buildAgent() error {
 	if err := ownFolder(cfg.DataDir); err != nil {
 		return fmt.Errorf("agent.data_dir: %w", err)
 	}
+	var err error
+	if h.agentFolder, err = holdFolder(cfg.DataDir); err != nil {
+		return fmt.Errorf("agent.data_dir: %w", err)
+	}
+	h.closeOnFailed = append(h.closeOnFailed, h.agentFolder)
 	settings, err := h.joinSettings()
 	if err != nil {
 		return err
@@ -276,6 +283,9 @@ func (h *host) run(ctx context.Context) error {
 	if h.engine != nil {
 		err = errors.Join(err, h.engine.Close())
 	}
+	if h.agentFolder != nil {
+		err = errors.Join(err, h.agentFolder.Close())
+	}
 	h.log.Info("stopped")
 	return err
 }
@@ -364,6 +374,24 @@ func ownFolder(dir string) error {
 		return fmt.Errorf("cannot write in it: %w", err)
 	}
 	return errors.Join(probe.Close(), os.Remove(probe.Name()))
+}
+
+// holdFolder keeps other agents out of a folder until it is closed: two with one
+// identity renew it over each other, and the node ends up locked out.
+func holdFolder(dir string) (io.Closer, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = withHint(fmt.Errorf("%q is in use by another agent", dir), "stop that one first: systemctl stop spiffed")
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 const maxSecretFile, maxRootsFile = 16 << 10, 1 << 20

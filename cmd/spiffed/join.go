@@ -93,6 +93,11 @@ func join(ctx context.Context, text string, o joinOptions, stdout, stderr io.Wri
 	if err := ownFolder(dataDir); err != nil {
 		return fmt.Errorf("making the folder for the agent's state: %w", err)
 	}
+	held, err := holdFolder(dataDir)
+	if err != nil {
+		return err
+	}
+	defer held.Close()
 
 	log, _ := newLog(config.Log{Format: "text"}, stderr)
 	a, err := agent.New(agent.Config{
