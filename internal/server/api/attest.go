@@ -225,7 +225,8 @@ func (s *agentService) admit(ctx context.Context, attempt *attempt, attestor str
 			return nil, err
 		}
 		if s.attempts.isEvicted(attempt, id) {
-			if err := s.cfg.Store.DeleteNode(ctx, id); err != nil && !errors.Is(err, registry.ErrNotFound) {
+			// Also if the caller has hung up meanwhile.
+			if err := s.cfg.Store.DeleteNode(context.WithoutCancel(ctx), id); err != nil && !errors.Is(err, registry.ErrNotFound) {
 				return nil, fmt.Errorf("evicting node %q again: %w", id, err)
 			}
 			return nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %q was evicted while it attested", id)
