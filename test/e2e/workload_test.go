@@ -31,6 +31,18 @@ func workload(role string) error {
 		fmt.Println(source.DefaultSVID().ID)
 		return nil
 
+	case "pem": // print the certificates and the key
+		source, err := firstX509Context(ctx)
+		if err != nil {
+			return err
+		}
+		certs, key, err := source.DefaultSVID().Marshal()
+		if err != nil {
+			return err
+		}
+		fmt.Printf("%s%s", certs, key)
+		return nil
+
 	case "jwt": // print a token for AUDIENCE
 		svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: os.Getenv("AUDIENCE")}) // a JWTSource would wait for an identity
 		if err != nil {
