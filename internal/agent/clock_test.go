@@ -2,9 +2,12 @@ package agent
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/spiffed/spiffed/internal/registry"
 )
@@ -67,6 +70,39 @@ func TestNoEntries(t *testing.T) {
 		}
 		if _, err := n.JWTSVIDs(t.Context(), uid("1"), []string{"a"}, spiffeID("")); !errors.Is(err, registry.ErrNotEntitled) {
 			t.Errorf("JWT: %v", err)
+		}
+		n.stop()
+	})
+}
+
+// The clock of an enrolled node is set back by hours: to it, its server's next
+// certificate is of tomorrow. It says so, serves what it has, and comes back.
+func TestServerOfTomorrow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, newTestCA(t, td), false)
+		f.svidTTL, f.agentTTL = 24*time.Hour, 24*time.Hour
+		f.add(testEntry(1))
+		n := start(t, f, config(t, f))
+		<-n.Ready()
+		server := spiffeid.RequireFromPath(td, "/spire/server")
+		tomorrow := svidTemplate(server, 48*time.Hour)
+		tomorrow.NotBefore = time.Now().Add(5 * time.Hour)
+		f.setIdentity(tomorrow)
+		time.Sleep(10 * time.Minute) // connections end by age
+		s := n.status()
+		for _, want := range []string{"is valid only from 2000-01-01T05:00:", "this host's clock says 2000-01-01T00:", "the clock may be wrong, see `timedatectl`"} {
+			if !strings.Contains(s.LastError, want) {
+				t.Errorf("the error does not say %q:\n%s", want, s.LastError)
+			}
+		}
+		if s.State != "degraded" || s.Svids != 1 {
+			t.Errorf("status %v", s)
+		}
+		n.await(uid("1"), "the SVID that it has", identities(1))
+		f.setIdentity(svidTemplate(server, 48*time.Hour))
+		time.Sleep(5 * time.Minute)
+		if s := n.status(); s.State != "ready" {
+			t.Errorf("status %v", s)
 		}
 		n.stop()
 	})
