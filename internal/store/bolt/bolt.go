@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -258,6 +259,12 @@ func openFile(path string) (f *os.File, created bool, err error) {
 		}
 		created = true
 		f, err = os.OpenFile(path, os.O_RDWR, 0)
+	} else if err == nil {
+		// Who made it may have been killed before its name was on the disk.
+		if err := durable.SyncDir(filepath.Dir(path)); err != nil {
+			f.Close()
+			return nil, false, err
+		}
 	}
 	if err != nil {
 		return nil, false, cause(err)
@@ -377,9 +384,13 @@ func ignoreClosed(err error) error {
 
 // removeLeftovers removes what a crash left of a file that was made aside.
 func removeLeftovers(path string) {
-	left, _ := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".*.tmp")) // a bad pattern: leave them
-	for _, name := range left {
-		os.Remove(name) // in nobody's way if it stays
+	dir, prefix := filepath.Dir(path), "."+filepath.Base(path)+"."
+	files, _ := os.ReadDir(dir) // not a glob: the path may hold what is a pattern there
+	for _, f := range files {
+		middle, ours := strings.CutPrefix(f.Name(), prefix)
+		if ours && strings.HasSuffix(middle, ".tmp") && len(middle) > len(".tmp") {
+			os.Remove(filepath.Join(dir, f.Name())) // in nobody's way if it stays
+		}
 	}
 }
 

@@ -88,7 +88,7 @@ func verifyInChild(f *os.File) error {
 	case err == nil:
 		return nil
 	case ctx.Err() != nil:
-		return fmt.Errorf("%w: verifying it did not end within %s; restore it from a backup", ErrDamaged, timeout)
+		return fmt.Errorf("it was not closed cleanly, and verifying it did not end within %s: its disk is very slow, or it is damaged; start again when the disk is idle, else restore it from a backup", timeout)
 	case !isExit:
 		return fmt.Errorf("starting the process that verifies it: %w", err)
 	case exit.ExitCode() == exitNewer:
