@@ -116,7 +116,7 @@ func TestHogs(t *testing.T) {
 }
 
 // Connections without an SVID are bounded, silent ones too, and those with one
-// are let in all the same. IPv6 loopback has addresses to spare.
+// go on all the same.
 func TestManyStrangers(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
