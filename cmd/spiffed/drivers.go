@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,6 +15,7 @@ import (
 	"github.com/spiffed/spiffed/internal/attest/jointoken"
 	"github.com/spiffed/spiffed/internal/attest/unix"
 	"github.com/spiffed/spiffed/internal/ca"
+	"github.com/spiffed/spiffed/internal/registry"
 	"github.com/spiffed/spiffed/internal/server"
 	"github.com/spiffed/spiffed/internal/store"
 	"github.com/spiffed/spiffed/internal/store/bolt"
@@ -75,6 +77,28 @@ func tokens(td spiffeid.TrustDomain, authority *ca.CA) server.Tokens {
 
 // ownAttestor is the attestor by which an agent joins the server in its process.
 const ownAttestor = jointoken.Type
+
+// agentOfToken names the node that a join token lets in.
+func agentOfToken(td spiffeid.TrustDomain, token string) (spiffeid.ID, error) {
+	t, err := jointoken.ParseToken(token)
+	if err != nil {
+		return spiffeid.ID{}, err
+	}
+	return (&registry.JoinToken{ID: t.ID}).AgentID(td)
+}
+
+// knowsToken says whether the token is in the store.
+func knowsToken(ctx context.Context, st *store.Store, token string) (bool, error) {
+	t, err := jointoken.ParseToken(token)
+	if err != nil {
+		return false, err
+	}
+	_, err = st.GetJoinToken(ctx, t.ID)
+	if errors.Is(err, registry.ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
+}
 
 // joining is what a join string or a bare token says, and the agent's half of
 // its attestor.

@@ -22,11 +22,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/spiffed/spiffed/internal/agent"
-	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/ca"
 	"github.com/spiffed/spiffed/internal/config"
 	"github.com/spiffed/spiffed/internal/durable"
-	"github.com/spiffed/spiffed/internal/registry"
 	"github.com/spiffed/spiffed/internal/server"
 	"github.com/spiffed/spiffed/internal/store"
 	"github.com/spiffed/spiffed/internal/unixsocket"
@@ -290,36 +288,52 @@ func (h *host) run(ctx context.Context) error {
 	return err
 }
 
-// ownProver lets the agent in that shares its process with the server: it makes
-// a token when one is asked for.
+// ownTokenTTL is short: the token is redeemed at once.
+const ownTokenTTL = 10 * time.Minute
+
+// ownProver lets the agent in that shares its process with the server. It makes
+// a token when one is asked for, and keeps it, since it is by that token that the
+// node comes back after its SVID has expired; with a new one each time, a machine
+// that is switched off every night would be another node every day.
 type ownProver struct {
-	h    *host
-	made attest.Prover // once made, so that a repeat shows the same token
+	h     *host
+	token string // made by this process, or read from the file
 }
 
 func (p *ownProver) Type() string { return ownAttestor }
 
 func (p *ownProver) Payload(ctx context.Context) ([]byte, error) {
-	if p.made == nil {
-		alias, err := registry.MakeID(p.h.cfg.Server.TrustDomain, ownAlias)
-		if err != nil {
-			return nil, err
+	file := filepath.Join(p.h.cfg.Agent.DataDir, joinFileName)
+	if kept, err := readSecret(file); p.token == "" && err == nil {
+		// A token is good for one key: it is of use only to the node it let in.
+		if id, err := agentOfToken(p.h.cfg.Server.TrustDomain, kept); err == nil && id == p.h.agent.AgentID() {
+			p.token = kept
 		}
-		token, err := p.h.server.MakeToken(ctx, 10*time.Minute, alias)
+	}
+	if p.token != "" {
+		known, err := knowsToken(ctx, p.h.store, p.token)
+		if err != nil {
+			return nil, fmt.Errorf("looking for the join token of the agent in this process: %w", err)
+		}
+		if !known { // the node was evicted
+			p.token = ""
+		}
+	}
+	if p.token == "" {
+		token, err := p.h.server.MakeToken(ctx, ownTokenTTL, selfID(p.h.cfg.Server.TrustDomain))
 		if err != nil {
 			return nil, fmt.Errorf("making a join token for the agent in this process: %w", err)
 		}
-		j, err := parseJoining(token)
-		if err != nil {
-			return nil, err
+		if err := durable.WriteFile(file, []byte(token+"\n"), 0o600); err != nil {
+			return nil, fmt.Errorf("keeping the join token of the agent in this process: %w", err)
 		}
-		p.made = j.prover
+		p.token = token
 	}
-	return p.made.Payload(ctx)
+	return []byte(p.token), nil
 }
 
-func (p *ownProver) Respond(ctx context.Context, challenge []byte) ([]byte, error) {
-	return p.made.Respond(ctx, challenge)
+func (p *ownProver) Respond(context.Context, []byte) ([]byte, error) {
+	return nil, errors.New("the server sent a challenge, but a join token has no answer to one")
 }
 
 // advertised is what join strings say of where the server is. Without a word in
@@ -451,6 +465,9 @@ func newLog(cfg config.Log, w io.Writer) (*slog.Logger, *slog.LevelVar) {
 	}
 	return slog.New(slog.NewTextHandler(w, options)), level
 }
+
+// joinFileName is the file in an agent's data_dir that holds how it came in.
+const joinFileName = "join"
 
 // selfID is the SPIFFE ID of the alias of the node in this process.
 func selfID(td spiffeid.TrustDomain) spiffeid.ID { return spiffeid.RequireFromPath(td, ownAlias) }

@@ -85,7 +85,7 @@ func join(ctx context.Context, text string, o joinOptions, stdout, stderr io.Wri
 	if err != nil {
 		return err
 	}
-	joinFile := filepath.Join(dataDir, "join")
+	joinFile := filepath.Join(dataDir, joinFileName)
 	configText := joinedConfig(j, dataDir, joinFile)
 	if _, err := config.Parse(configPath, []byte(configText)); err != nil {
 		return fmt.Errorf("the configuration that would be written: %w", err)

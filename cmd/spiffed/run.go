@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os/signal"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -21,8 +23,8 @@ func newRunCommand(c *cli) *cobra.Command {
 has an [agent] section, and both in one process if it has both; the agent then
 enrols with its own server by itself.
 
-It runs in the foreground and logs to standard error. SIGINT or SIGTERM end it
-in order; a second one ends it at once.`,
+It runs in the foreground and logs to standard error. SIGINT, SIGTERM or SIGHUP
+end it in order; a second SIGINT or SIGTERM ends it at once.`,
 		Example: `  spiffed run --config /etc/spiffed/spiffed.toml
 
   # What can be in that file
@@ -37,6 +39,11 @@ in order; a second one ends it at once.`,
 }
 
 func runRoles(ctx context.Context, path string, stderr io.Writer) error {
+	if !signal.Ignored(syscall.SIGHUP) { // an orderly end when the terminal goes
+		var stop context.CancelFunc
+		ctx, stop = signal.NotifyContext(ctx, syscall.SIGHUP)
+		defer stop()
+	}
 	cfg, err := config.Load(path)
 	if err != nil {
 		return err
