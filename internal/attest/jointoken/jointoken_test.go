@@ -151,11 +151,11 @@ func TestRedeemBindsToTheFirstKey(t *testing.T) {
 // expired. What it has is that key, or the one before if the reply was lost.
 func TestRenewedKey(t *testing.T) {
 	v, store, token, _ := newVerifier(t, time.Hour)
-	res, err := redeem(t, v, token.String(), newKey(t))
+	first, current, next, stranger := newKey(t), newKey(t), newKey(t), newKey(t)
+	res, err := redeem(t, v, token.String(), first)
 	if err != nil {
 		t.Fatal(err)
 	}
-	current, next, stranger := newKey(t), newKey(t), newKey(t)
 	if _, err := redeem(t, v, token.String(), current); !errors.Is(err, attest.ErrRefused) {
 		t.Errorf("before the renewal: %v, want ErrRefused", err)
 	}
@@ -167,6 +167,9 @@ func TestRenewedKey(t *testing.T) {
 	}
 	if _, err := redeem(t, v, token.String(), stranger); !errors.Is(err, attest.ErrRefused) {
 		t.Errorf("a stranger's key: %v, want ErrRefused", err)
+	}
+	if _, err := redeem(t, v, token.String(), first); !errors.Is(err, attest.ErrRefused) {
+		t.Errorf("the first key, from an old copy of the disk: %v, want ErrRefused", err)
 	}
 	store.nodes[res.AgentID] = registry.Node{ID: res.AgentID} // no key at all fits no key
 	if _, err := redeem(t, v, token.String(), current); !errors.Is(err, attest.ErrRefused) {

@@ -49,8 +49,8 @@ var (
 )
 
 // Verify redeems a token. The first redemption binds it to the key; the same
-// key may repeat it, so that a lost reply burns nothing, and so may the key that
-// the node has renewed to since; any other is refused.
+// key may repeat it, so that a lost reply burns nothing, until the node has
+// renewed to another, which then takes its place; any other is refused.
 func (v *Verifier) Verify(ctx context.Context, req attest.Request, _ func([]byte) ([]byte, error)) (*attest.Result, error) {
 	token, err := ParseToken(string(req.Payload))
 	if err != nil {
@@ -105,17 +105,16 @@ func (v *Verifier) Verify(ctx context.Context, req attest.Request, _ func([]byte
 	}
 }
 
-// isKeyOf says whether the key is the one the token is bound to, or one that its
-// node was given an SVID for since.
+// isKeyOf says whether the key is the one that the token's node has now: that of
+// its SVID, or of the renewal whose reply may have been lost. Until there is a
+// node, it is the key that the token is bound to. An older key is refused: it
+// comes from an old copy of the node's disk.
 func (v *Verifier) isKeyOf(ctx context.Context, t *registry.JoinToken, agentID spiffeid.ID, keyHash []byte) (bool, error) {
-	if bytes.Equal(t.KeyHash, keyHash) {
-		return true, nil
-	}
 	n, err := v.cfg.Store.GetNode(ctx, agentID)
-	if errors.Is(err, registry.ErrNotFound) {
-		return false, nil
-	}
-	if err != nil {
+	switch {
+	case errors.Is(err, registry.ErrNotFound):
+		return bytes.Equal(t.KeyHash, keyHash), nil
+	case err != nil:
 		return false, fmt.Errorf("reading node %q: %w", agentID, err)
 	}
 	return bytes.Equal(n.KeyHash, keyHash) || bytes.Equal(n.NextKeyHash, keyHash), nil
