@@ -173,6 +173,9 @@ func TestAllInOne(t *testing.T) {
 	})
 	restart()
 	f.got(t, uidAPI, "spiffe://example.org/api")
+	if after := f.nodes(t); len(after) != 1 || after[0].ID != before[0].ID {
+		t.Errorf("nodes %+v after a long outage, want %+v", after, before)
+	}
 }
 
 // TestSPIREStyle: scripts that were written for SPIRE make a token by its API,
