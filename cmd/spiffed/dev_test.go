@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"strings"
 	"syscall"
 	"testing"
@@ -16,6 +17,11 @@ import (
 // its folder.
 func TestDevLeavesNothing(t *testing.T) {
 	t.Parallel()
+	// Tests run by nohup ignore SIGHUP and would hand that on; a signal with a
+	// handler is at its default in a child.
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	t.Cleanup(func() { signal.Stop(hup) })
 	for name, tc := range map[string]struct {
 		args   []string
 		signal syscall.Signal // once the first line is out; 0: none
