@@ -191,7 +191,11 @@ func (s *adminService) RevokeJoinToken(ctx context.Context, req *adminv1.RevokeJ
 			return nil, err
 		}
 		s.audit(ctx, "revoked join token", slog.String("agent_id", agentID.String()))
-		return &adminv1.RevokeJoinTokenResponse{}, nil
+		var gone []string
+		if t.AliasEntry != "" {
+			gone = append(gone, t.AliasEntry)
+		}
+		return &adminv1.RevokeJoinTokenResponse{}, s.await(s.cfg.State.awaitNoEntries(ctx, gone))
 	}
 	return nil, fmt.Errorf("revoking join token %q: it changed %d times meanwhile", id, maxConflicts)
 }

@@ -60,6 +60,9 @@ func (a *API) createToken(ctx context.Context, token, name string, alias spiffei
 		attrs = append(attrs, slog.String("spiffe_id", alias.String()))
 	}
 	a.audit(ctx, "created join token", attrs...)
+	if entry != nil {
+		return t, a.await(a.cfg.State.awaitEntries(ctx, []*registry.Entry{entry}))
+	}
 	return t, nil
 }
 
