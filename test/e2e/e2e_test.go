@@ -29,8 +29,9 @@ import (
 	"github.com/spiffed/spiffed/test/conformance"
 )
 
-// spiffed is the binary under test, built by TestMain.
-var spiffed string
+// spiffed is the binary under test, and workloadBinary this test itself, where
+// other users can run it. TestMain makes both.
+var spiffed, workloadBinary string
 
 func TestMain(m *testing.M) {
 	bolt.MaybeVerify()
@@ -58,6 +59,12 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, err)
 			return 1
 		}
+		// The test binary lies in a folder that only root may enter. The copy is
+		// made before any other process is started, which would hold it open.
+		if workloadBinary, err = copySelf(dir); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
 		spiffed = filepath.Join(dir, "spiffed")
 		build := exec.Command("go", "build", "-trimpath", "-o", spiffed, "github.com/spiffed/spiffed/cmd/spiffed")
 		build.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -67,6 +74,19 @@ func TestMain(m *testing.M) {
 		}
 		return m.Run()
 	}())
+}
+
+func copySelf(dir string) (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", err
+	}
+	data, err := os.ReadFile(self)
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(dir, "workload")
+	return path, os.WriteFile(path, data, 0o755)
 }
 
 // output collects what a process says.
@@ -347,22 +367,7 @@ func (f *fleet) entry(t testing.TB, args ...string) {
 // as starts this test binary as a workload of another user.
 func (f *fleet) as(t testing.TB, uid uint32, role string, env ...string) (*exec.Cmd, *output) {
 	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	// The test binary lies in a folder that only root may enter.
-	exe := filepath.Join(f.dir, "workload")
-	if _, err := os.Stat(exe); err != nil {
-		data, err := os.ReadFile(self)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(exe, data, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	cmd := exec.CommandContext(t.Context(), exe)
+	cmd := exec.CommandContext(t.Context(), workloadBinary)
 	// X509Source of go-spiffe 2.8.1 reads its bundles without its lock
 	// (spiffe/go-spiffe#411): a race that is not ours must not end a workload. And
 	// the race detector would sleep at each exit.
