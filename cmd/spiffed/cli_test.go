@@ -611,7 +611,7 @@ func TestOtherServers(t *testing.T) {
 		code := execute(t.Context(), append(args, "--admin-socket", other), strings.NewReader(""), &out, &errs)
 		return code, errs.String()
 	}
-	if code, stderr := c("token", "create"); code != exitFailed || !strings.Contains(stderr, "is not a server of spiffed, or an older one") {
+	if code, stderr := c("token", "create"); code != exitFailed || !strings.Contains(stderr, "is no server of spiffed, or an older version") {
 		t.Errorf("exit %d: %s", code, stderr)
 	}
 

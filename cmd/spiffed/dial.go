@@ -105,7 +105,7 @@ func (e *endpoint) explain(err error, doing string) error {
 	case codes.DeadlineExceeded:
 		return withHint(out, "the %s takes connections on %s but does not answer; its log says why: journalctl -u spiffed", e.role, e.address)
 	case codes.Unimplemented:
-		return withHint(out, "what listens on %s is not a %s of spiffed, or an older one", e.address, e.role)
+		return withHint(out, "what listens on %s is no %s of spiffed, or an older version that does not know this request", e.address, e.role)
 	case codes.Internal, codes.Unknown:
 		return withHint(out, "the %s's log says more: journalctl -u spiffed", e.role)
 	}

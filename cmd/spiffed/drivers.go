@@ -103,6 +103,7 @@ func knowsToken(ctx context.Context, st *store.Store, token string) (bool, error
 // joining is what a join string or a bare token says, and the agent's half of
 // its attestor.
 type joining struct {
+	token       string // a secret
 	prover      attest.Prover
 	servers     []string
 	trustDomain spiffeid.TrustDomain
@@ -113,12 +114,12 @@ type joining struct {
 func parseJoining(s string) (*joining, error) {
 	if !jointoken.IsJoin(s) {
 		prover, err := jointoken.NewProver(s)
-		return &joining{prover: prover}, err
+		return &joining{token: s, prover: prover}, err
 	}
 	j, err := jointoken.ParseJoin(s)
 	if err != nil {
 		return nil, err
 	}
 	prover, err := jointoken.NewProver(j.Token)
-	return &joining{prover, j.Servers, j.TrustDomain, j.Pin}, err
+	return &joining{j.Token, prover, j.Servers, j.TrustDomain, j.Pin}, err
 }

@@ -93,6 +93,11 @@ func (f *entryFlags) entry(cmd *cobra.Command) (*types.Entry, *types.EntryMask, 
 	if e.Selectors, err = parseSelectors(f.selectors); err != nil {
 		return nil, nil, err
 	}
+	for _, sel := range e.Selectors {
+		if why := doubt(registry.Selector{Type: sel.Type, Value: sel.Value}); why != "" {
+			fmt.Fprintf(cmd.ErrOrStderr(), "spiffed: warning: --selector %s:%s: %s\n", printable(sel.Type), printable(sel.Value), printable(why))
+		}
+	}
 	if e.FederatesWith, err = trustDomains(withoutEmpty(f.federatesWith)); err != nil {
 		return nil, nil, usagef("--federates-with: %w", err)
 	}

@@ -405,7 +405,15 @@ func holdFolder(dir string) (io.Closer, error) {
 		f.Close()
 		return nil, err
 	}
-	return f, nil
+	return heldFolder{f}, nil
+}
+
+type heldFolder struct{ *os.File }
+
+// Close ends the lock by name: a process that is just being started may hold a
+// copy of the descriptor for a moment.
+func (h heldFolder) Close() error {
+	return errors.Join(unix.Flock(int(h.Fd()), unix.LOCK_UN), h.File.Close())
 }
 
 const maxSecretFile, maxRootsFile = 16 << 10, 1 << 20

@@ -53,14 +53,16 @@ input, which keeps it out of the list of processes.`,
 				if err != nil {
 					return fmt.Errorf("reading the join string: %w", err)
 				}
-				text = strings.TrimSpace(string(data))
+				if text = strings.TrimSpace(string(data)); text == "" {
+					return errors.New("reading the join string: standard input is empty")
+				}
 			}
 			return join(cmd.Context(), text, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
 	cmd.Flags().StringVar(&o.config, "config", defaultConfig, "the configuration file to write")
 	cmd.Flags().StringVar(&o.dataDir, "data-dir", "/var/lib/spiffed/agent", "where the agent keeps its state")
-	cmd.Flags().BoolVar(&o.force, "force", false, "overwrite the configuration file")
+	cmd.Flags().BoolVar(&o.force, "force", false, "overwrite the configuration file, and the identity of a node that is enrolled already")
 	cmd.Flags().DurationVar(&o.timeout, "timeout", time.Minute, "how long to try")
 	return cmd
 }
@@ -106,6 +108,14 @@ func join(ctx context.Context, text string, o joinOptions, stdout, stderr io.Wri
 	})
 	if err != nil {
 		return err
+	}
+	agentID, err := agentOfToken(j.trustDomain, j.token)
+	if err != nil {
+		return err
+	}
+	if id := a.AgentID(); !id.IsZero() && id != agentID && !o.force {
+		return withHint(fmt.Errorf("%q holds the identity of a node that is enrolled already, %q", dataDir, id),
+			"--force makes this machine another node; for a second agent, --data-dir names another folder")
 	}
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()

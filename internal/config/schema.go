@@ -132,7 +132,8 @@ type Agent struct {
 	// A PEM file with the roots of the trust domain. A bare token needs it; a
 	// join string holds a pin instead.
 	TrustBundle string `toml:"trust_bundle"`
-	// How often to ask a server that cannot push changes.
+	// How often the agent asks the server what has changed: how long a new entry
+	// takes to reach a process.
 	SyncInterval time.Duration `toml:"sync_interval" default:"5s"`
 	// The kind of key of the workloads' X.509-SVIDs: ec-p256, ec-p384, rsa-2048
 	// or rsa-4096.
