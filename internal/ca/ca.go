@@ -246,12 +246,18 @@ func (c *CA) Run(ctx context.Context) error {
 		case <-tick.C:
 		}
 		err := errors.Join(c.rotateJWT(ctx), c.renewSigning())
+		text := ""
+		if errors.Is(err, errRootValidity) {
+			text = errRootValidity.Error() // the whole text holds the time, which is always new
+		} else if err != nil {
+			text = err.Error()
+		}
 		switch {
 		case err == nil && last != "":
 			c.cfg.Log.Info("rotation works again")
 			last = ""
-		case err != nil && err.Error() != last && ctx.Err() == nil:
-			last = err.Error()
+		case err != nil && text != last && ctx.Err() == nil:
+			last = text
 			c.cfg.Log.Error("rotating the authorities; trying again", "err", err)
 		}
 	}

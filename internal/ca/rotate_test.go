@@ -265,11 +265,17 @@ func TestClockBehind(t *testing.T) {
 	cfg := testConfig(t, Config{Journal: j})
 	openTest(t, cfg)                      // by the real clock
 	synctest.Test(t, func(t *testing.T) { // in the year 2000
+		var logged strings.Builder
+		cfg := cfg
+		cfg.Log = slog.New(slog.NewTextHandler(&logged, nil))
 		c := openTest(t, cfg)
 		before := c.Bundle()
 		stop := run(t, c)
 		time.Sleep(2 * time.Hour)
 		stop()
+		if n := strings.Count(logged.String(), "trying again"); n != 1 {
+			t.Errorf("said %d times in two hours, want once", n)
+		}
 		p := X509Params{ID: workload, PublicKey: newTestKey(t).Public(), TTL: time.Hour}
 		if chain, err := c.SignX509SVID(t.Context(), p); !errors.Is(err, errRootValidity) || chain != nil {
 			t.Errorf("with the clock behind: %v, %v", chain, err)
