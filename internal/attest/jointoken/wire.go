@@ -79,7 +79,7 @@ func ParseToken(s string) (Token, error) {
 			return Token{}, registry.Invalidf("join token: only letters, digits, '-', '_' and '.' are allowed")
 		}
 	}
-	if id, secret, ok := strings.Cut(s, "."); ok && len(secret) == secretLen {
+	if id, secret, ok := strings.Cut(s, "."); ok && len(id) == idLen && len(secret) == secretLen {
 		if raw, err := lower32.DecodeString(id); err == nil && len(raw) == idBytes {
 			return Token{id, secret}, nil
 		}
