@@ -31,8 +31,10 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/spiffed/spiffed/internal/agent/cache"
 	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
 	"github.com/spiffed/spiffed/internal/attest"
+	"github.com/spiffed/spiffed/internal/clock"
 	"github.com/spiffed/spiffed/internal/durable"
 )
 
@@ -53,7 +55,18 @@ type Config struct {
 	Pin         string
 	TrustBundle []*x509.Certificate
 
-	SyncInterval   time.Duration // default 5 s
+	// Rejoin makes the proof by which a node comes back whose SVID has expired:
+	// that it has the key which the server knows it by. Nil: there is none.
+	Rejoin func(id spiffeid.ID, key crypto.Signer) attest.Prover
+
+	// Cache keeps what is served across restarts. Nil: nothing does, and
+	// CacheProblem says why in words if one was wanted.
+	Cache        *cache.Cache
+	CacheProblem string
+
+	Clock *clock.Clock // nil: this host's
+
+	SyncInterval   time.Duration // between polls of a server that does not push; default 5 s
 	KeyType        string        // of the workloads' keys: ec-p256 (default), ec-p384, rsa-2048, rsa-4096
 	WorkloadSocket string        // shown by GetStatus, nothing else
 	Version        string        // told to the server
@@ -114,6 +127,9 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Clock == nil {
+		cfg.Clock = clock.New(clock.Config{})
+	}
 	if cfg.SyncInterval == 0 {
 		cfg.SyncInterval = 5 * time.Second
 	}
@@ -128,7 +144,7 @@ func New(cfg Config) (*Agent, error) {
 		anchor:     anchor(cfg),
 		path:       filepath.Join(cfg.DataDir, "identity.json"),
 		log:        cfg.Log,
-		startedAt:  now(),
+		startedAt:  cfg.Clock.Now(),
 		prefetch:   maxPrefetch,
 		ready:      make(chan struct{}),
 		kick:       make(chan struct{}, 1),
@@ -148,6 +164,7 @@ func New(cfg Config) (*Agent, error) {
 	if err := a.open(); err != nil {
 		return nil, fmt.Errorf("agent: %w", err)
 	}
+	a.restore()
 	return a, nil
 }
 
@@ -243,6 +260,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { a.steer(ctx); return nil })
 	g.Go(func() error { a.watchExpiry(ctx); return nil })
+	g.Go(func() error { a.watchClock(ctx); return nil })
+	g.Go(func() error { a.keep(ctx); return nil })
 	return g.Wait()
 }
 
@@ -302,13 +321,13 @@ func (a *Agent) steer(ctx context.Context) {
 		if isRefusal(err) {
 			r = refused
 		}
-		a.wait(ctx, now().Add(r.next()), false)
+		a.wait(ctx, a.now().Add(r.next()), false)
 	}
 }
 
 // step brings everything up to date once.
 func (a *Agent) step(ctx context.Context) error {
-	if !a.identity().usable(now()) {
+	if !a.identity().usable(a.now()) {
 		if err := a.enrol(ctx); err != nil {
 			return a.judge(err, noReason)
 		}
@@ -339,7 +358,7 @@ func (a *Agent) step(ctx context.Context) error {
 func (a *Agent) refresh(ctx context.Context) error {
 	return a.inTurn(ctx, func(l *link) error {
 		var err error
-		if !now().Before(a.nextSyncAt()) || a.takeSyncNow() {
+		if !a.now().Before(a.nextSyncAt()) || a.takeSyncNow() {
 			if err = a.sync(ctx, l); isAway(err) || reasonOf(err) != noReason {
 				return err
 			}
@@ -408,7 +427,7 @@ func (a *Agent) takeSyncNow() bool {
 // nextSyncAt is nextSync, unless that is further off than it can have been set:
 // then the clock was ahead when it was, and has been set back.
 func (a *Agent) nextSyncAt() time.Time {
-	if a.nextSync.Sub(now()) > 2*a.cfg.SyncInterval {
+	if a.nextSync.Sub(a.now()) > 2*a.cfg.SyncInterval {
 		return time.Time{}
 	}
 	return a.nextSync
@@ -417,14 +436,14 @@ func (a *Agent) nextSyncAt() time.Time {
 // nextStep is when there is something to do next.
 func (a *Agent) nextStep() time.Time {
 	at := a.nextSyncAt()
-	_, due := a.plan(now())
+	_, due := a.plan(a.now())
 	for _, t := range []time.Time{due, a.nextRenewal()} {
 		if !t.IsZero() && t.Before(at) {
 			at = t
 		}
 	}
 	// Not for every SVID of a thousand on its own.
-	if soon := now().Add(minStep); at.Before(soon) {
+	if soon := a.now().Add(minStep); at.Before(soon) {
 		at = soon
 	}
 	return at
@@ -440,8 +459,8 @@ func (a *Agent) wait(ctx context.Context, until time.Time, kicks bool) {
 		kick = nil // the server is away: asking more often helps nobody
 	}
 	began := time.Now() // with the monotonic reading
-	for patience := until.Sub(now()); ; {
-		d := min(until.Sub(now()), patience-time.Since(began))
+	for patience := until.Sub(a.now()); ; {
+		d := min(until.Sub(a.now()), patience-time.Since(began))
 		if d <= 0 {
 			return
 		}
@@ -452,7 +471,7 @@ func (a *Agent) wait(ctx context.Context, until time.Time, kicks bool) {
 			return
 		case <-kick:
 			timer.Stop()
-			until, kick = now().Add(gather), nil
+			until, kick = a.now().Add(gather), nil
 		case <-timer.C:
 		}
 	}
@@ -495,6 +514,6 @@ func (r *retry) next() time.Duration {
 
 func (r *retry) reset() { *r = retry{delay: firstDelay} }
 
-// now is the wall time alone: what expires does so by the wall clock, and the
-// monotonic one stops while a machine sleeps.
-func now() time.Time { return time.Now().Round(0) }
+// now is the time by which everything here expires: the wall clock's, unless
+// that is known to be wrong.
+func (a *Agent) now() time.Time { return a.cfg.Clock.Now() }

@@ -19,9 +19,9 @@ import (
 // tokenProver is the agent's half of join_token.
 type tokenProver string
 
-func (tokenProver) Type() string                                    { return "join_token" }
-func (p tokenProver) Payload(context.Context) ([]byte, error)       { return []byte(p), nil }
-func (tokenProver) Respond(context.Context, []byte) ([]byte, error) { panic("no challenge") }
+func (tokenProver) Type() string                                            { return "join_token" }
+func (p tokenProver) Payload(context.Context) ([]byte, error)               { return []byte(p), nil }
+func (tokenProver) Respond(context.Context, []byte, []byte) ([]byte, error) { panic("no challenge") }
 
 // logBuffer keeps what is logged.
 type logBuffer struct {

@@ -96,8 +96,8 @@ type issued struct {
 }
 
 // verifyIssued checks what the server signed for key before it is used:
-// X509-SVID §5, that it is for our key, and valid now.
-func verifyIssued(raw [][]byte, key crypto.Signer, td spiffeid.TrustDomain, roots []*x509.Certificate) (*issued, error) {
+// X509-SVID §5, that it is for our key, and valid at the time given.
+func verifyIssued(raw [][]byte, key crypto.Signer, td spiffeid.TrustDomain, roots []*x509.Certificate, at time.Time) (*issued, error) {
 	chain, err := parseChain(raw)
 	if err != nil {
 		return nil, err
@@ -108,7 +108,6 @@ func verifyIssued(raw [][]byte, key crypto.Signer, td spiffeid.TrustDomain, root
 	if id, err := x509svid.IDFromCert(chain[0]); err == nil && !id.MemberOf(td) {
 		return nil, fmt.Errorf("the certificate is for %q, outside of the trust domain %q", id, td)
 	}
-	at := now()
 	id, verified, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(at))
 	if err != nil {
 		return nil, fmt.Errorf("%w%s", err, clockHint(chain, at))

@@ -120,18 +120,17 @@ func (l *link) failed(doing string, err error) error {
 // X509-SVID §5, and exactly the ID of a server.
 func (a *Agent) verifyServer(roots []*x509.Certificate) func(tls.ConnectionState) error {
 	return func(cs tls.ConnectionState) error {
-		return checkServer(cs.PeerCertificates, a.cfg.TrustDomain, roots)
+		return checkServer(cs.PeerCertificates, a.cfg.TrustDomain, roots, a.now())
 	}
 }
 
 // verifyNothing is for the one call that asks a server who it is.
 func (a *Agent) verifyNothing(tls.ConnectionState) error { return nil }
 
-func checkServer(chain []*x509.Certificate, td spiffeid.TrustDomain, roots []*x509.Certificate) error {
+func checkServer(chain []*x509.Certificate, td spiffeid.TrustDomain, roots []*x509.Certificate, at time.Time) error {
 	if err := checkServerID(chain, td); err != nil {
 		return err
 	}
-	at := now()
 	_, _, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(at))
 	var unknown x509.UnknownAuthorityError
 	switch hint := clockHint(chain, at); {
@@ -274,7 +273,7 @@ func (a *Agent) connect(addr string) (*link, error) {
 	cert := &tls.Certificate{Certificate: rawChain(id.chain), PrivateKey: id.key, Leaf: id.chain[0]}
 	l, err := a.dial(addr, cert, func(cs tls.ConnectionState) error {
 		// The roots of this moment: a connection may outlive a root.
-		return checkServer(cs.PeerCertificates, a.cfg.TrustDomain, a.identity().bundle.X509Roots())
+		return checkServer(cs.PeerCertificates, a.cfg.TrustDomain, a.identity().bundle.X509Roots(), a.now())
 	})
 	if err != nil {
 		return nil, err

@@ -26,16 +26,16 @@ func TestClockSetBack(t *testing.T) {
 		const ahead = 48 * time.Hour
 		old := n.held["entry-00001"].svid.Leaf().SerialNumber
 		n.nextSync = n.nextSync.Add(ahead)
-		n.renewRetry.at = now().Add(ahead)
-		n.held["entry-00001"].starts = now().Add(ahead)
-		n.held["entry-00001"].renewAt = now().Add(ahead)
-		n.retries["entry-00002"] = &retry{at: now().Add(ahead), delay: longestDelay}
+		n.renewRetry.at = n.now().Add(ahead)
+		n.held["entry-00001"].starts = n.now().Add(ahead)
+		n.held["entry-00001"].renewAt = n.now().Add(ahead)
+		n.retries["entry-00002"] = &retry{at: n.now().Add(ahead), delay: longestDelay}
 		f.add(testEntry(2))
 
-		if d := n.nextStep().Sub(now()); d > time.Second {
+		if d := n.nextStep().Sub(n.now()); d > time.Second {
 			t.Errorf("the next step is in %s", d)
 		}
-		if d := n.nextRenewal().Sub(now()); d > time.Hour {
+		if d := n.nextRenewal().Sub(n.now()); d > time.Hour {
 			t.Errorf("the agent's own SVID is renewed in %s", d)
 		}
 		if err := n.step(t.Context()); err != nil {
@@ -47,11 +47,11 @@ func TestClockSetBack(t *testing.T) {
 		if n.held["entry-00001"].svid.Leaf().SerialNumber.Cmp(old) == 0 {
 			t.Error("the SVID that is not valid yet was kept")
 		}
-		token := &cachedJWT{keyID: f.ca.jwtID, JWTSVID: registry.JWTSVID{IssuedAt: now().Add(ahead), ExpiresAt: now().Add(ahead + time.Minute)}}
+		token := &cachedJWT{keyID: f.ca.jwtID, JWTSVID: registry.JWTSVID{IssuedAt: n.now().Add(ahead), ExpiresAt: n.now().Add(ahead + time.Minute)}}
 		if n.jwtStillGood(token) {
 			t.Error("a JWT-SVID of the day after tomorrow is given")
 		}
-		token.IssuedAt = now().Add(10 * time.Second)
+		token.IssuedAt = n.now().Add(10 * time.Second)
 		if !n.jwtStillGood(token) {
 			t.Error("a JWT-SVID of a server whose clock is a little ahead is not given")
 		}

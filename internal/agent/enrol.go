@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 
+	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -31,7 +32,7 @@ const maxChallenges = 16
 func (a *Agent) enrol(ctx context.Context) error {
 	id := a.identity()
 	if a.cfg.Prover == nil {
-		if id != nil && len(id.chain) > 0 && !id.usable(now()) {
+		if id != nil && len(id.chain) > 0 && !id.usable(a.now()) {
 			return fmt.Errorf("the identity of %q expired at %s: %w", id.agentID, expiry(id.chain).Format(time.RFC3339), errNoProver)
 		}
 		return errNoProver
@@ -112,7 +113,7 @@ func (a *Agent) pinnedRoot(ctx context.Context, addr string) ([]*x509.Certificat
 			continue
 		}
 		roots := []*x509.Certificate{root}
-		if err := checkServer(chain, a.cfg.TrustDomain, roots); err != nil {
+		if err := checkServer(chain, a.cfg.TrustDomain, roots, a.now()); err != nil {
 			return nil, &untrustedError{fmt.Errorf("server %q has the root that the pin %q names in its bundle, but does not prove to be below it: %w", addr, a.cfg.Pin, err)}
 		}
 		return roots, nil
@@ -149,7 +150,7 @@ func (a *Agent) attestTo(ctx context.Context, addr string, key crypto.Signer, ro
 		anchor:       anchor,
 		key:          key,
 		pendingKey:   old.pendingKey,
-		obtainedAt:   now(),
+		obtainedAt:   a.now(),
 		reattestable: result.Reattestable,
 	}
 	if old.pendingKey != nil && sameKey(old.pendingKey.Public(), key) {
@@ -233,7 +234,11 @@ func (a *Agent) converse(ctx context.Context, l *link, payload, csr []byte) (*ag
 			}
 			return step.Result, nil
 		case *agentv1.AttestAgentResponse_Challenge:
-			response, err := a.cfg.Prover.Respond(ctx, step.Challenge)
+			var response []byte
+			binding, err := bindingOf(stream.Context())
+			if err == nil {
+				response, err = a.cfg.Prover.Respond(ctx, step.Challenge, binding)
+			}
 			if err != nil {
 				return nil, fmt.Errorf("answering the server's challenge: %w", err)
 			}
@@ -247,9 +252,22 @@ func (a *Agent) converse(ctx context.Context, l *link, payload, csr []byte) (*ag
 	return nil, fmt.Errorf("the server sent more than %d challenges", maxChallenges)
 }
 
+// bindingOf names the TLS connection of a stream, as the server names it.
+func bindingOf(ctx context.Context) ([]byte, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil, errors.New("the call has no peer")
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return nil, errors.New("the connection is not TLS")
+	}
+	return info.State.ExportKeyingMaterial(attest.BindingLabel, nil, attest.BindingLen)
+}
+
 // checkAgentSVID checks an SVID that a server gave this agent for itself.
 func (a *Agent) checkAgentSVID(svid *types.X509SVID, key crypto.Signer, roots []*x509.Certificate) (*issued, error) {
-	out, err := verifyIssued(svid.GetCertChain(), key, a.cfg.TrustDomain, roots)
+	out, err := verifyIssued(svid.GetCertChain(), key, a.cfg.TrustDomain, roots, a.now())
 	if err != nil {
 		return nil, err
 	}
@@ -269,7 +287,7 @@ func (a *Agent) checkAgentSVID(svid *types.X509SVID, key crypto.Signer, roots []
 // returned only if it says that the agent is no longer welcome; everything
 // else leaves the SVID in use as it is, and is tried again.
 func (a *Agent) renewIfDue(ctx context.Context) error {
-	if now().Before(a.nextRenewal()) {
+	if a.now().Before(a.nextRenewal()) {
 		return nil
 	}
 	err := a.renew(ctx)
@@ -280,7 +298,7 @@ func (a *Agent) renewIfDue(ctx context.Context) error {
 		a.renewRetry.reset()
 		return nil
 	}
-	a.renewRetry.at = now().Add(a.renewRetry.next())
+	a.renewRetry.at = a.now().Add(a.renewRetry.next())
 	if r := reasonOf(err); r != noReason && r != mustProve {
 		return err
 	}
@@ -290,7 +308,7 @@ func (a *Agent) renewIfDue(ctx context.Context) error {
 
 // nextRenewal is when the agent's SVID is to be renewed.
 func (a *Agent) nextRenewal() time.Time {
-	if at := a.renewRetry.due(now()); at.After(a.renewAt) {
+	if at := a.renewRetry.due(a.now()); at.After(a.renewAt) {
 		return at
 	}
 	return a.renewAt
@@ -335,7 +353,7 @@ func (a *Agent) renew(ctx context.Context) error {
 		}
 		next := *id
 		next.key, next.pendingKey = id.pendingKey, nil
-		next.chain, next.obtainedAt = svid.chain, now()
+		next.chain, next.obtainedAt = svid.chain, a.now()
 		if err := a.setIdentity(&next); err != nil {
 			return err
 		}

@@ -186,7 +186,7 @@ func (id *identity) save(path string) error {
 // setAside renames a file that cannot be used, so that nothing is lost, and
 // returns the new name.
 func setAside(path string) (string, error) {
-	aside := path + ".unusable-" + now().UTC().Format("20060102T150405")
+	aside := path + ".unusable-" + time.Now().UTC().Format("20060102T150405")
 	return aside, durable.Rename(path, aside)
 }
 

@@ -43,7 +43,7 @@ func (a *Agent) JWTSVIDs(ctx context.Context, selectors []registry.Selector, aud
 		return nil, registry.ErrNotReady
 	}
 	audience = slices.Compact(slices.Sorted(slices.Values(audience)))
-	entries := slices.DeleteFunc(a.match(s, selectors, now()), func(e *registry.Entry) bool {
+	entries := slices.DeleteFunc(a.match(s, selectors, a.now()), func(e *registry.Entry) bool {
 		return !id.IsZero() && e.SPIFFEID != id
 	})
 	out := make([]*registry.JWTSVID, len(entries))
@@ -85,7 +85,7 @@ func (a *Agent) jwtFor(ctx context.Context, e *registry.Entry, audience []string
 	if cached != nil && !a.jwtStillGood(cached) {
 		cached = nil
 	}
-	if cached != nil && now().Before(cached.renewAt) {
+	if cached != nil && a.now().Before(cached.renewAt) {
 		return &cached.JWTSVID, nil
 	}
 	// One call for all who ask at once; it goes on if the first one leaves.
@@ -110,7 +110,7 @@ func (a *Agent) jwtFor(ctx context.Context, e *registry.Entry, audience []string
 		if r.Err == nil {
 			return &r.Val.(*cachedJWT).JWTSVID, nil
 		}
-		if cached != nil && now().Before(cached.ExpiresAt) && !errors.Is(r.Err, registry.ErrNotEntitled) {
+		if cached != nil && a.now().Before(cached.ExpiresAt) && !errors.Is(r.Err, registry.ErrNotEntitled) {
 			return &cached.JWTSVID, nil
 		}
 		return nil, r.Err
@@ -125,7 +125,7 @@ func (a *Agent) jwtFor(ctx context.Context, e *registry.Entry, audience []string
 func (a *Agent) jwtStillGood(c *cachedJWT) bool {
 	// What ends while it is on its way helps nobody, nor what was issued while
 	// the clock was ahead.
-	if at := now(); !at.Add(time.Second).Before(c.ExpiresAt) || c.IssuedAt.Sub(at) > time.Minute {
+	if at := a.now(); !at.Add(time.Second).Before(c.ExpiresAt) || c.IssuedAt.Sub(at) > time.Minute {
 		return false
 	}
 	bundle := a.snap.Load().bundle
@@ -152,13 +152,13 @@ func (a *Agent) newJWT(ctx context.Context, e *registry.Entry, audience []string
 		return nil, fmt.Errorf("%w: %w", registry.ErrNotReady, err)
 	}
 	bundle := a.snap.Load().bundle
-	svid, err := checkJWT(resp.GetSvid().GetToken(), e, audience, bundle)
+	svid, err := checkJWT(resp.GetSvid().GetToken(), e, audience, bundle, a.now())
 	if errors.Is(err, errUnknownJWTKey) {
 		// A key that was made since the last sync.
 		var fetched *fetchedBundle
 		if fetched, err = a.fetchBundle(ctx, l, nil); err == nil {
 			a.syncSoon()
-			svid, err = checkJWT(resp.Svid.Token, e, audience, fetched.bundle)
+			svid, err = checkJWT(resp.Svid.Token, e, audience, fetched.bundle, a.now())
 		}
 	}
 	if err != nil {
@@ -202,7 +202,7 @@ var jwtAlgorithms = []jose.SignatureAlgorithm{
 
 // checkJWT checks a JWT-SVID before it is handed out: JWT-SVID §4, that it is
 // for the entry and for exactly the audience that was asked for.
-func checkJWT(token string, e *registry.Entry, audience []string, bundle *registry.Bundle) (*cachedJWT, error) {
+func checkJWT(token string, e *registry.Entry, audience []string, bundle *registry.Bundle, at time.Time) (*cachedJWT, error) {
 	if len(token) > maxToken {
 		return nil, fmt.Errorf("it is %d bytes long, at most %d are taken", len(token), maxToken)
 	}
@@ -228,7 +228,6 @@ func checkJWT(token string, e *registry.Entry, audience []string, bundle *regist
 		return nil, err
 	}
 	got := slices.Compact(slices.Sorted(slices.Values(svid.Audience)))
-	at := now()
 	switch {
 	case svid.ID != e.SPIFFEID:
 		return nil, fmt.Errorf("it is for %q", svid.ID)

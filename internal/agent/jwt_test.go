@@ -282,7 +282,7 @@ func FuzzJWT(f *testing.F) {
 	f.Add(strings.Replace(good, ".", "..", 1))
 	f.Add(`{"payload":"","signatures":[]}`)
 	f.Fuzz(func(t *testing.T, token string) {
-		svid, err := checkJWT(token, e, []string{"a"}, bundle)
+		svid, err := checkJWT(token, e, []string{"a"}, bundle, time.Now())
 		if err == nil && (svid.ID != e.SPIFFEID || !strings.HasPrefix(token, good[:strings.LastIndex(good, ".")])) {
 			t.Errorf("took %q", token)
 		}

@@ -117,7 +117,7 @@ func (a *Agent) demanded() map[string]bool {
 
 // sign gets the SVIDs that are due, and publishes them batch by batch.
 func (a *Agent) sign(ctx context.Context, l *link) error {
-	todo, _ := a.plan(now())
+	todo, _ := a.plan(a.now())
 	var failed error
 	for len(todo) > 0 {
 		done, err := a.signBatch(ctx, l, todo[:min(len(todo), a.batch)])
@@ -154,7 +154,7 @@ func (a *Agent) putOff(e *registry.Entry, err error) {
 		r.delay = refusedDelay
 		a.retries[e.ID] = r
 	}
-	r.at = now().Add(r.next())
+	r.at = a.now().Add(r.next())
 	a.warnOnce("sign "+e.ID, "the server did not sign an SVID", err, "entry_id", e.ID, "spiffe_id", e.SPIFFEID)
 }
 
@@ -208,8 +208,8 @@ func (a *Agent) takeSVID(l *link, e *registry.Entry, key crypto.Signer, result *
 		a.putOff(e, status.Error(code, result.Status.Message))
 		return
 	}
-	bundle := a.bundle.bundle
-	got, err := verifyIssued(result.GetSvid().GetCertChain(), key, a.cfg.TrustDomain, bundle.X509Roots())
+	bundle, at := a.bundle.bundle, a.now()
+	got, err := verifyIssued(result.GetSvid().GetCertChain(), key, a.cfg.TrustDomain, bundle.X509Roots(), at)
 	if err == nil && got.id != e.SPIFFEID {
 		err = fmt.Errorf("the certificate is for %q", got.id)
 	}
@@ -217,7 +217,6 @@ func (a *Agent) takeSVID(l *link, e *registry.Entry, key crypto.Signer, result *
 		a.putOff(e, fmt.Errorf("server %q: what it signed is not good: %w", l.addr, err))
 		return
 	}
-	at := now()
 	h := &held{
 		svid:     &registry.X509SVID{ID: got.id, Chain: got.chain, PrivateKey: key},
 		starts:   got.chain[0].NotBefore,
@@ -259,7 +258,7 @@ func (a *Agent) makeKeys(ctx context.Context, n int) ([]crypto.Signer, error) {
 // forgetStale drops the SVIDs that no longer belong to an entry.
 func (a *Agent) forgetStale() {
 	for id, h := range a.held {
-		if k := a.known[id]; k == nil || k.entry == nil || k.entry.StoreSVID || k.entry.SPIFFEID != h.svid.ID || !now().Before(h.expires) {
+		if k := a.known[id]; k == nil || k.entry == nil || k.entry.StoreSVID || k.entry.SPIFFEID != h.svid.ID || !a.now().Before(h.expires) {
 			delete(a.held, id)
 		}
 	}
@@ -286,7 +285,7 @@ const taintPace = 20
 // scheduleTainted makes what hangs on tainted roots due early, evenly, so that
 // a fleet does not fall upon its server.
 func (a *Agent) scheduleTainted() {
-	at, bundle := now(), a.bundle.bundle
+	at, bundle := a.now(), a.bundle.bundle
 	var hit []*held
 	for _, h := range a.held {
 		if tainted(bundle, h.roots) {
@@ -300,7 +299,7 @@ func (a *Agent) scheduleTainted() {
 		}
 	}
 	if id := a.identity(); len(id.chain) > 0 {
-		got, err := verifyIssued(rawChain(id.chain), id.key, a.cfg.TrustDomain, bundle.X509Roots())
+		got, err := verifyIssued(rawChain(id.chain), id.key, a.cfg.TrustDomain, bundle.X509Roots(), at)
 		if (err != nil || tainted(bundle, got.roots)) && at.Before(a.renewAt) {
 			a.renewAt = at
 		}

@@ -71,7 +71,7 @@ func (a *Agent) serve(instead, next *snapshot) {
 func (a *Agent) watchExpiry(ctx context.Context) {
 	for ctx.Err() == nil {
 		s := a.snap.Load()
-		at := now()
+		at := a.now()
 		next := *s
 		next.held = map[string]*held{}
 		var end time.Time // the next one
@@ -125,7 +125,7 @@ func (a *Agent) Current(selectors []registry.Selector) (*registry.Update, <-chan
 	if s.bundle == nil {
 		return nil, s.changed, registry.ErrNotReady
 	}
-	at := now()
+	at := a.now()
 	entries := a.match(s, selectors, at)
 	update := &registry.Update{Bundle: s.bundle}
 	var missing []string

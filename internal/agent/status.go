@@ -13,9 +13,9 @@ func (a *Agent) note(err error) {
 	a.mu.Lock()
 	before := a.lastErr
 	a.lastErr = err
-	news := err != nil && (before == nil || before.Error() != err.Error() && now().Sub(a.lastNews) > time.Minute)
+	news := err != nil && (before == nil || before.Error() != err.Error() && a.now().Sub(a.lastNews) > time.Minute)
 	if news {
-		a.lastNews = now()
+		a.lastNews = a.now()
 	}
 	a.mu.Unlock()
 	switch {
@@ -32,7 +32,7 @@ func (a *Agent) note(err error) {
 // GetStatus implements adminv1.AgentServer.
 func (a *Agent) GetStatus(context.Context, *adminv1.GetAgentStatusRequest) (*adminv1.AgentStatus, error) {
 	s := a.snap.Load()
-	at := now()
+	at := a.now()
 	var svids uint64
 	var first time.Time
 	for _, h := range s.held {

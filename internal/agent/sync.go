@@ -97,9 +97,9 @@ func (a *Agent) sync(ctx context.Context, l *link) error {
 		a.publish()
 	}
 	jitter := a.cfg.SyncInterval / 5 // ± 10 %
-	a.nextSync = now().Add(a.cfg.SyncInterval - jitter/2 + rand.N(max(jitter, 1)))
+	a.nextSync = a.now().Add(a.cfg.SyncInterval - jitter/2 + rand.N(max(jitter, 1)))
 	a.mu.Lock()
-	a.lastSync = now()
+	a.lastSync = a.now()
 	a.mu.Unlock()
 	return nil
 }
@@ -391,13 +391,13 @@ type warning struct {
 // every detail (a time, a port) that it may hold.
 func (a *Agent) warnOnce(key, msg string, err error, args ...any) {
 	before, again := a.warned[key]
-	if again && (before.text == err.Error() || now().Sub(before.at) < sameNews) {
+	if again && (before.text == err.Error() || a.now().Sub(before.at) < sameNews) {
 		return
 	}
 	if len(a.warned) > 10_000 {
 		clear(a.warned) // a server that sends rubbish must not fill the memory
 	}
-	a.warned[key] = warning{err.Error(), now()}
+	a.warned[key] = warning{err.Error(), a.now()}
 	a.log.Warn(msg, append(args, "err", err)...)
 }
 

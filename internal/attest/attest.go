@@ -25,13 +25,26 @@ type Request struct {
 	Payload   []byte           // the attestor's own message, from outside and of bounded size
 	PublicKey crypto.PublicKey // the key that the agent's SVID will be for
 	Address   string           // where the call comes from, for the log
+	Binding   []byte           // names the TLS connection, to both ends alike: see BindingLabel
 }
+
+// BindingLabel and BindingLen are what the ends of a connection export from it
+// (RFC 5705, RFC 8446 §7.5), without a context, for a proof that is to be good on
+// this connection alone.
+const (
+	BindingLabel = "EXPORTER-spiffed-attestation"
+	BindingLen   = 32
+)
 
 // Result is what was proven.
 type Result struct {
 	AgentID     spiffeid.ID
 	Selectors   []registry.Selector
 	CanReattest bool // the node may come back by this attestor alone at any time
+
+	// Known says that the proof was for a node as the server knows it: its
+	// attestor, selectors and CanReattest stay as they are.
+	Known bool
 }
 
 // Verifier is the server's half of a node attestor. It is safe for concurrent use.
@@ -50,8 +63,9 @@ type Prover interface {
 	Type() string
 	// Payload returns the first message.
 	Payload(ctx context.Context) ([]byte, error)
-	// Respond answers a challenge.
-	Respond(ctx context.Context, challenge []byte) ([]byte, error)
+	// Respond answers a challenge. binding names the TLS connection it came by
+	// (BindingLabel).
+	Respond(ctx context.Context, challenge, binding []byte) ([]byte, error)
 }
 
 // Workload attests a local process. It is safe for concurrent use.

@@ -31,7 +31,27 @@ type Node struct {
 	AttestedAt   time.Time `json:"attested_at,omitzero"`
 	Address      string    `json:"address,omitempty"` // where it last attested or renewed from
 
+	// SeenAt is when the node last attested, renewed or was in step, to about an
+	// hour. It counts for how long the node may come back by its key.
+	SeenAt time.Time `json:"seen_at,omitzero"`
+
+	// The SVID and key before those in use. They are good for nothing; who shows
+	// them has an old copy of the node's disk.
+	PreviousSerial  string `json:"previous_serial,omitempty"`
+	PreviousKeyHash []byte `json:"previous_key_hash,omitempty"`
+
+	// Copied is what was seen of a second machine with this node's identity.
+	Copied *Copied `json:"copied,omitempty"`
+
 	Version int64 `json:"-"` // set by the store when read; guards the next write
+}
+
+// Copied is evidence that two machines have one node's identity: one of its
+// data_dir is a copy. An eviction, after which both have to attest anew, ends it.
+type Copied struct {
+	SeenAt  time.Time `json:"seen_at"`           // last
+	Address string    `json:"address,omitempty"` // of the one that came second
+	How     string    `json:"how"`               // what was seen, in words
 }
 
 // Clone returns a deep copy.
@@ -40,6 +60,11 @@ func (n *Node) Clone() *Node {
 	c.Selectors = slices.Clone(n.Selectors)
 	c.KeyHash = slices.Clone(n.KeyHash)
 	c.NextKeyHash = slices.Clone(n.NextKeyHash)
+	c.PreviousKeyHash = slices.Clone(n.PreviousKeyHash)
+	if n.Copied != nil {
+		copied := *n.Copied
+		c.Copied = &copied
+	}
 	return &c
 }
 

@@ -16,8 +16,10 @@ import (
 
 	"github.com/bufbuild/protocompile"
 	"github.com/bufbuild/protocompile/protoutil"
+	_ "github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/descriptorpb"
 	"google.golang.org/protobuf/types/pluginpb"
 )
@@ -43,7 +45,7 @@ func run(check bool) error {
 		return err
 	}
 	compiler := protocompile.Compiler{
-		Resolver:       protocompile.WithStandardImports(&protocompile.SourceResolver{}),
+		Resolver:       protocompile.WithStandardImports(protocompile.CompositeResolver{&protocompile.SourceResolver{}, protocompile.ResolverFunc(linked)}),
 		SourceInfoMode: protocompile.SourceInfoStandard, // the comments
 	}
 	compiled, err := compiler.Compile(context.Background(), files...)
@@ -77,6 +79,13 @@ func run(check bool) error {
 		}
 	}
 	return nil
+}
+
+// linked finds what ours import of SPIRE's: as it is compiled into this program,
+// so that it is the version of go.mod.
+func linked(path string) (protocompile.SearchResult, error) {
+	fd, err := protoregistry.GlobalFiles.FindFileByPath(path)
+	return protocompile.SearchResult{Desc: fd}, err
 }
 
 func generate(plugin string, in []byte, check bool) error {

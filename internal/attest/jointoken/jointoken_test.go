@@ -248,7 +248,7 @@ func TestTokenForms(t *testing.T) {
 	if chosen.String() != "operators-choice" || strings.Contains(chosen.ID, "operators") {
 		t.Errorf("a chosen value: %+v", chosen)
 	}
-	if _, err := (&Prover{}).Respond(t.Context(), nil); err == nil {
+	if _, err := (&Prover{}).Respond(t.Context(), nil, nil); err == nil {
 		t.Error("a challenge was answered")
 	}
 }

@@ -23,6 +23,6 @@ func (p *Prover) Type() string { return Type }
 func (p *Prover) Payload(context.Context) ([]byte, error) { return []byte(p.token), nil }
 
 // Respond fails: no server asks anything of a join token.
-func (p *Prover) Respond(context.Context, []byte) ([]byte, error) {
+func (p *Prover) Respond(context.Context, []byte, []byte) ([]byte, error) {
 	return nil, errors.New("the server sent a challenge, but a join token has no answer to one")
 }

@@ -16,6 +16,8 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	"github.com/spiffed/spiffed/internal/attest"
@@ -134,7 +136,7 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 		return err
 	}
 
-	request := attest.Request{Payload: data.GetPayload(), PublicKey: csr.PublicKey, Address: c.addr.String()}
+	request := attest.Request{Payload: data.GetPayload(), PublicKey: csr.PublicKey, Address: c.addr.String(), Binding: bindingOf(ctx)}
 	result, err := verifier.Verify(ctx, request, func(challenge []byte) ([]byte, error) {
 		if err := stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Challenge{Challenge: challenge}}); err != nil {
 			return nil, err
@@ -239,6 +241,24 @@ func (s *agentService) admit(ctx context.Context, attempt *attempt, attestor str
 		return svid, nil
 	}
 	return nil, fmt.Errorf("storing node %q: it changed %d times meanwhile", id, maxConflicts)
+}
+
+// bindingOf names the TLS connection of a call; nil if that has no name (the
+// admin socket; TLS 1.2 without extended master secret).
+func bindingOf(ctx context.Context) []byte {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok {
+		return nil
+	}
+	binding, err := info.State.ExportKeyingMaterial(attest.BindingLabel, nil, attest.BindingLen)
+	if err != nil {
+		return nil
+	}
+	return binding
 }
 
 // agentSVID is what a node's record keeps of an SVID.
