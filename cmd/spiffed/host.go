@@ -332,7 +332,7 @@ func (p *ownProver) Payload(ctx context.Context) ([]byte, error) {
 	return []byte(p.token), nil
 }
 
-func (p *ownProver) Respond(context.Context, []byte) ([]byte, error) {
+func (p *ownProver) Respond(context.Context, []byte, []byte) ([]byte, error) {
 	return nil, errors.New("the server sent a challenge, but a join token has no answer to one")
 }
 
