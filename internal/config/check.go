@@ -41,6 +41,9 @@ func (d *decoder) check(c *Config) {
 		d.distinct("data_dir", c.Server.DataDir, c.Agent.DataDir)
 	}
 	d.checkSockets(c)
+	if c.Health.Listen != "" {
+		d.address("health.listen", c.Health.Listen, true)
+	}
 	if f := c.Log.Format; f != "text" && f != "json" {
 		d.problem("log.format", `log.format: unknown format %q%s; want "text" or "json"`, f, didYouMean(f, []string{"text", "json"}))
 	}
@@ -62,6 +65,7 @@ func (d *decoder) checkServer(s *Server) {
 	d.between("server.root_ttl", s.RootTTL, time.Second, maxRootTTL)
 	d.between("server.signing_ca_ttl", s.SigningCATTL, time.Second, maxRootTTL)
 	d.between("server.jwt_key_ttl", s.JWTKeyTTL, time.Second, maxRootTTL)
+	d.between("server.rejoin_window", s.RejoinWindow, 0, maxRootTTL)
 	d.between("server.backdate", s.Backdate, 0, maxBackdate)
 	d.between("server.refresh_hint", s.RefreshHint, time.Second, 30*24*time.Hour)
 	d.atMost("server.signing_ca_ttl", s.SigningCATTL, "server.root_ttl", s.RootTTL, 1)

@@ -46,6 +46,7 @@ func TestDefaults(t *testing.T) {
 			DefaultX509SVIDTTL: time.Hour,
 			DefaultJWTSVIDTTL:  5 * time.Minute,
 			AgentTTL:           time.Hour,
+			RejoinWindow:       30 * 24 * time.Hour,
 			CAKeyType:          ECP256,
 			JWTKeyType:         ECP256,
 			RootTTL:            3650 * 24 * time.Hour,
@@ -109,11 +110,15 @@ ca_key_type = "rsa-4096"
 jwt_issuer = "https://oidc.example.org"
 admin_ids = ["spiffe://ops.example.org/alice"]
 store_max_size = "64MiB"
+rejoin_window = "0s"
 rate_limit.signings_per_second = 0
 
 [agent]
 join = "spiffed://token@server.example.org:8081/example.com/pin"
 workload_key_type = "ec-p384"
+
+[health]
+listen = "127.0.0.1:8082"
 
 [log]
 level = "debug"
@@ -137,6 +142,8 @@ format = "json"
 		{"an agent with a join string needs no server", a.Servers, []string(nil)},
 		{"own server", c.OwnServer(), false},
 		{"agent's trust domain is the join string's", a.TrustDomain.IsZero(), true},
+		{"no rejoin", s.RejoinWindow, time.Duration(0)},
+		{"health", c.Health.Listen, "127.0.0.1:8082"},
 		{"level", c.Log.Level, slog.LevelDebug},
 	} {
 		if !reflect.DeepEqual(check.got, check.want) {
@@ -167,7 +174,7 @@ func TestProblems(t *testing.T) {
 		"typo of a section":   {server + "[agnet]\n", `f:3: unknown section [agnet]; did you mean "agent"?`},
 		"typo of rate limit":  {server + "[server.rate_limits]\n", `f:3: unknown section [server.rate_limits]; did you mean "rate_limit"?`},
 		"inline table":        {server + "rate_limit = { signings_per_secnd = 1 }\n", `f:3: unknown key "signings_per_secnd" in [server.rate_limit]; did you mean "signings_per_second"?`},
-		"no section":          {"listen = \":1\"\n" + server, `f:1: unknown key "listen" before the first section; it belongs in [server]`},
+		"no section":          {"listen = \":1\"\n" + server, `f:1: unknown key "listen" before the first section; it belongs in [health] or [server]`},
 		"other section":       {agent + "agent_ttl = \"1h\"\n", `f:4: unknown key "agent_ttl" in [agent]; it belongs in [server]`},
 		"SPIRE's name":        {server + "bind_port = 8081\n", `f:3: unknown key "bind_port" in [server]; here it is listen, as HOST:PORT`},
 		"nothing near":        {server + "[log]\nzzzzzzzzz = 1\n", `f:4: unknown key "zzzzzzzzz" in [log]; there are level, format`},
@@ -214,6 +221,9 @@ func TestProblems(t *testing.T) {
 		"size":                {server + "store_max_size = \"8G\"\n", `f:3: server.store_max_size: "8G" is not a size; want for example "512MiB" or "8GiB"`},
 		"small size":          {server + "store_max_size = \"1MiB\"\n", `f:3: server.store_max_size: too small for a registry; want at least "16MiB"`},
 		"negative rate":       {server + "rate_limit.signings_per_second = -1\n", `f:3: server.rate_limit.signings_per_second: -1 is below 0; 0 is no limit`},
+		"rejoin window":       {server + "rejoin_window = \"1m0.5s\"\n", `f:3: server.rejoin_window: want whole seconds`},
+		"long rejoin window":  {server + "rejoin_window = \"36501d\"\n", `f:3: server.rejoin_window: want from 0s to 36500d`},
+		"health no port":      {server + "[health]\nlisten = \"localhost\"\n", `f:4: health.listen: "localhost" is not HOST:PORT, such as ":8081"`},
 		"level":               {server + "[log]\nlevel = \"warning\"\n", `f:4: log.level: unknown level "warning"; want "debug", "info", "warn" or "error"`},
 		"format":              {server + "[log]\nformat = \"jsno\"\n", `f:4: log.format: unknown format "jsno"; did you mean "json"?; want "text" or "json"`},
 

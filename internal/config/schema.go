@@ -37,6 +37,8 @@ type Config struct {
 	// without join, join_file and server, the agent enrols with the server in
 	// the same process by itself.
 	Agent *Agent `toml:"agent"`
+	// How the roles are doing, over HTTP, for load balancers and monitoring.
+	Health Health `toml:"health"`
 	// What is written to standard error.
 	Log Log `toml:"log"`
 
@@ -71,6 +73,10 @@ type Server struct {
 	DefaultJWTSVIDTTL time.Duration `toml:"default_jwt_svid_ttl" default:"5m"`
 	// How long the SVIDs of agents are good for. At most half of signing_ca_ttl.
 	AgentTTL time.Duration `toml:"agent_ttl" default:"1h"`
+	// How long a node may have been away and still come back by itself, by the
+	// key that the server knows it by. After that, and always with "0s", it has
+	// to be let in again with a new join token once its SVID has expired.
+	RejoinWindow time.Duration `toml:"rejoin_window" default:"30d"`
 	// The kind of key of the authorities: ec-p256, ec-p384, rsa-2048 or rsa-4096.
 	CAKeyType KeyType `toml:"ca_key_type" default:"ec-p256"`
 	// The kind of key that signs JWT-SVIDs. Empty: as ca_key_type.
@@ -132,12 +138,22 @@ type Agent struct {
 	// A PEM file with the roots of the trust domain. A bare token needs it; a
 	// join string holds a pin instead.
 	TrustBundle string `toml:"trust_bundle"`
-	// How often the agent asks the server what has changed: how long a new entry
-	// takes to reach a process.
+	// How often the agent asks a server that does not push what has changed, such
+	// as SPIRE's: how long a new entry takes to reach a process. A spiffed server
+	// pushes, at once.
 	SyncInterval time.Duration `toml:"sync_interval" default:"5s"`
 	// The kind of key of the workloads' X.509-SVIDs: ec-p256, ec-p384, rsa-2048
 	// or rsa-4096.
 	WorkloadKeyType KeyType `toml:"workload_key_type" default:"ec-p256"`
+}
+
+// Health is the section [health].
+type Health struct {
+	// Where GET /live and GET /ready are answered, as HOST:PORT, such as
+	// "127.0.0.1:8082". Without TLS, and to anybody who can connect: there is no
+	// secret in the answers, but an address of this machine alone is best.
+	// Empty: nowhere.
+	Listen string `toml:"listen"`
 }
 
 // Log is the section [log].
