@@ -136,7 +136,7 @@ func TestAuthorization(t *testing.T) {
 			}
 		}
 	}
-	if want := 9 + 11 + 8 + 7 + 1 + 3 + 3 + 4; methods != want {
+	if want := 9 + 11 + 8 + 7 + 1 + 3 + 3 + 5; methods != want {
 		t.Errorf("walked %d methods, want %d: %v", methods, want, slices.Sorted(maps.Keys(r.server.admin.GetServiceInfo())))
 	}
 }

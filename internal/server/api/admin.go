@@ -212,6 +212,12 @@ func (s *adminService) GetStatus(ctx context.Context, _ *adminv1.GetServerStatus
 		Pin:           s.cfg.Tokens.Pin(),
 		Problems:      s.problems(ctx),
 	}
+	copied := s.cfg.State.copiedNodes()
+	resp.CopiedNodes = uint64(len(copied))
+	for _, n := range copied[:min(len(copied), maxCopied)] {
+		resp.Copied = append(resp.Copied, s.nodeDetail(n))
+	}
+	resp.Problems = append(resp.Problems, copyProblems(copied)...)
 	err := s.eachToken(ctx, func(*registry.JoinToken) error {
 		resp.JoinTokens++
 		return nil

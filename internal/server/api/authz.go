@@ -79,6 +79,7 @@ var rules = flatten(map[string]map[string]Kind{
 		"ListJoinTokens":  Local,
 		"RevokeJoinToken": Local,
 		"GetStatus":       Local,
+		"ListNodes":       Local,
 	},
 })
 

@@ -474,7 +474,15 @@ type ServerStatus struct {
 	// SHA-256 of the active root's SubjectPublicKeyInfo, as in join strings.
 	Pin string `protobuf:"bytes,9,opt,name=pin,proto3" json:"pin,omitempty"`
 	// What is wrong and what to do, in words; empty if nothing is.
-	Problems      []string `protobuf:"bytes,10,rep,name=problems,proto3" json:"problems,omitempty"`
+	Problems []string `protobuf:"bytes,10,rep,name=problems,proto3" json:"problems,omitempty"`
+	// Agents that are told of changes as they happen, now.
+	Connected uint64 `protobuf:"varint,11,opt,name=connected,proto3" json:"connected,omitempty"`
+	// How long a node may be away and come back by its key, in seconds; 0: it may
+	// not.
+	RejoinWindowSeconds int64 `protobuf:"varint,12,opt,name=rejoin_window_seconds,json=rejoinWindowSeconds,proto3" json:"rejoin_window_seconds,omitempty"`
+	// How many nodes have shown signs of a copy, and the first 100 of them.
+	CopiedNodes   uint64        `protobuf:"varint,13,opt,name=copied_nodes,json=copiedNodes,proto3" json:"copied_nodes,omitempty"`
+	Copied        []*NodeDetail `protobuf:"bytes,14,rep,name=copied,proto3" json:"copied,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -579,6 +587,250 @@ func (x *ServerStatus) GetProblems() []string {
 	return nil
 }
 
+func (x *ServerStatus) GetConnected() uint64 {
+	if x != nil {
+		return x.Connected
+	}
+	return 0
+}
+
+func (x *ServerStatus) GetRejoinWindowSeconds() int64 {
+	if x != nil {
+		return x.RejoinWindowSeconds
+	}
+	return 0
+}
+
+func (x *ServerStatus) GetCopiedNodes() uint64 {
+	if x != nil {
+		return x.CopiedNodes
+	}
+	return 0
+}
+
+func (x *ServerStatus) GetCopied() []*NodeDetail {
+	if x != nil {
+		return x.Copied
+	}
+	return nil
+}
+
+type ListNodesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At most so many; 0: 1000, which is also the most.
+	PageSize int32 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// next_page_token of the page before.
+	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// Only this one.
+	Id            string `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListNodesRequest) Reset() {
+	*x = ListNodesRequest{}
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListNodesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListNodesRequest) ProtoMessage() {}
+
+func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
+func (*ListNodesRequest) Descriptor() ([]byte, []int) {
+	return file_spiffed_admin_v1_admin_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ListNodesRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListNodesRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+func (x *ListNodesRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ListNodesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Nodes []*NodeDetail          `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	// Empty: this is the last page.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListNodesResponse) Reset() {
+	*x = ListNodesResponse{}
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListNodesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListNodesResponse) ProtoMessage() {}
+
+func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
+func (*ListNodesResponse) Descriptor() ([]byte, []int) {
+	return file_spiffed_admin_v1_admin_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ListNodesResponse) GetNodes() []*NodeDetail {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+func (x *ListNodesResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// NodeDetail is what is known of a node beside what SPIRE's Agent has.
+type NodeDetail struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// When it last attested, renewed or was in step, to about an hour, in Unix
+	// seconds; 0: not known.
+	SeenAt int64 `protobuf:"varint,2,opt,name=seen_at,json=seenAt,proto3" json:"seen_at,omitempty"`
+	// Where it last came from.
+	Address string `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"`
+	// Whether it is told of changes as they happen, now.
+	Connected bool `protobuf:"varint,4,opt,name=connected,proto3" json:"connected,omitempty"`
+	// When a second machine was last seen with this node's identity, in Unix
+	// seconds; 0: none was.
+	CopiedAt int64 `protobuf:"varint,5,opt,name=copied_at,json=copiedAt,proto3" json:"copied_at,omitempty"`
+	// Where that one came from, and what was seen of it, in words.
+	CopiedAddress string `protobuf:"bytes,6,opt,name=copied_address,json=copiedAddress,proto3" json:"copied_address,omitempty"`
+	CopiedHow     string `protobuf:"bytes,7,opt,name=copied_how,json=copiedHow,proto3" json:"copied_how,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeDetail) Reset() {
+	*x = NodeDetail{}
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeDetail) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeDetail) ProtoMessage() {}
+
+func (x *NodeDetail) ProtoReflect() protoreflect.Message {
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeDetail.ProtoReflect.Descriptor instead.
+func (*NodeDetail) Descriptor() ([]byte, []int) {
+	return file_spiffed_admin_v1_admin_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *NodeDetail) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *NodeDetail) GetSeenAt() int64 {
+	if x != nil {
+		return x.SeenAt
+	}
+	return 0
+}
+
+func (x *NodeDetail) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *NodeDetail) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *NodeDetail) GetCopiedAt() int64 {
+	if x != nil {
+		return x.CopiedAt
+	}
+	return 0
+}
+
+func (x *NodeDetail) GetCopiedAddress() string {
+	if x != nil {
+		return x.CopiedAddress
+	}
+	return ""
+}
+
+func (x *NodeDetail) GetCopiedHow() string {
+	if x != nil {
+		return x.CopiedHow
+	}
+	return ""
+}
+
 type Authority struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -594,7 +846,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -606,7 +858,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -619,7 +871,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_spiffed_admin_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_spiffed_admin_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Authority) GetId() string {
@@ -665,7 +917,7 @@ type GetAgentStatusRequest struct {
 
 func (x *GetAgentStatusRequest) Reset() {
 	*x = GetAgentStatusRequest{}
-	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -677,7 +929,7 @@ func (x *GetAgentStatusRequest) String() string {
 func (*GetAgentStatusRequest) ProtoMessage() {}
 
 func (x *GetAgentStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -690,7 +942,7 @@ func (x *GetAgentStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentStatusRequest) Descriptor() ([]byte, []int) {
-	return file_spiffed_admin_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_spiffed_admin_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 type AgentStatus struct {
@@ -714,14 +966,32 @@ type AgentStatus struct {
 	// The earliest end of an SVID held; 0: none held.
 	NextExpiryAt int64 `protobuf:"varint,13,opt,name=next_expiry_at,json=nextExpiryAt,proto3" json:"next_expiry_at,omitempty"`
 	// What is wrong and what to do, in words; empty if nothing is.
-	Problems      []string `protobuf:"bytes,14,rep,name=problems,proto3" json:"problems,omitempty"`
+	Problems []string `protobuf:"bytes,14,rep,name=problems,proto3" json:"problems,omitempty"`
+	// How the agent learns of changes: "push", "poll", or empty while it has no
+	// connection; and since when, in Unix seconds.
+	Link      string `protobuf:"bytes,15,opt,name=link,proto3" json:"link,omitempty"`
+	LinkSince int64  `protobuf:"varint,16,opt,name=link_since,json=linkSince,proto3" json:"link_since,omitempty"`
+	// Since when something has been wrong, in Unix seconds; 0: nothing is.
+	DegradedSince int64 `protobuf:"varint,17,opt,name=degraded_since,json=degradedSince,proto3" json:"degraded_since,omitempty"`
+	// Whether it can serve: a degraded agent mostly can.
+	Serving bool `protobuf:"varint,18,opt,name=serving,proto3" json:"serving,omitempty"`
+	// What is served comes from the cache: no server has confirmed it since the
+	// start.
+	ServedFromCache bool `protobuf:"varint,19,opt,name=served_from_cache,json=servedFromCache,proto3" json:"served_from_cache,omitempty"`
+	// How what is served is kept across restarts, in words: "sealed on disk", or
+	// why it is not.
+	Cache string `protobuf:"bytes,20,opt,name=cache,proto3" json:"cache,omitempty"`
+	// What is wrong with this host's clock, in words; empty if nothing is known.
+	Clock string `protobuf:"bytes,21,opt,name=clock,proto3" json:"clock,omitempty"`
+	// The SVIDs held, the first to expire first, at most 1000 of them.
+	Held          []*HeldSVID `protobuf:"bytes,22,rep,name=held,proto3" json:"held,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AgentStatus) Reset() {
 	*x = AgentStatus{}
-	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -733,7 +1003,7 @@ func (x *AgentStatus) String() string {
 func (*AgentStatus) ProtoMessage() {}
 
 func (x *AgentStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -746,7 +1016,7 @@ func (x *AgentStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentStatus.ProtoReflect.Descriptor instead.
 func (*AgentStatus) Descriptor() ([]byte, []int) {
-	return file_spiffed_admin_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_spiffed_admin_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AgentStatus) GetTrustDomain() string {
@@ -847,6 +1117,124 @@ func (x *AgentStatus) GetProblems() []string {
 	return nil
 }
 
+func (x *AgentStatus) GetLink() string {
+	if x != nil {
+		return x.Link
+	}
+	return ""
+}
+
+func (x *AgentStatus) GetLinkSince() int64 {
+	if x != nil {
+		return x.LinkSince
+	}
+	return 0
+}
+
+func (x *AgentStatus) GetDegradedSince() int64 {
+	if x != nil {
+		return x.DegradedSince
+	}
+	return 0
+}
+
+func (x *AgentStatus) GetServing() bool {
+	if x != nil {
+		return x.Serving
+	}
+	return false
+}
+
+func (x *AgentStatus) GetServedFromCache() bool {
+	if x != nil {
+		return x.ServedFromCache
+	}
+	return false
+}
+
+func (x *AgentStatus) GetCache() string {
+	if x != nil {
+		return x.Cache
+	}
+	return ""
+}
+
+func (x *AgentStatus) GetClock() string {
+	if x != nil {
+		return x.Clock
+	}
+	return ""
+}
+
+func (x *AgentStatus) GetHeld() []*HeldSVID {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+// HeldSVID is an X.509-SVID that the agent holds for an entry.
+type HeldSVID struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	EntryId  string                 `protobuf:"bytes,2,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	// Unix seconds.
+	ExpiresAt     int64 `protobuf:"varint,3,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldSVID) Reset() {
+	*x = HeldSVID{}
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldSVID) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldSVID) ProtoMessage() {}
+
+func (x *HeldSVID) ProtoReflect() protoreflect.Message {
+	mi := &file_spiffed_admin_v1_admin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldSVID.ProtoReflect.Descriptor instead.
+func (*HeldSVID) Descriptor() ([]byte, []int) {
+	return file_spiffed_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *HeldSVID) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *HeldSVID) GetEntryId() string {
+	if x != nil {
+		return x.EntryId
+	}
+	return ""
+}
+
+func (x *HeldSVID) GetExpiresAt() int64 {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return 0
+}
+
 var File_spiffed_admin_v1_admin_proto protoreflect.FileDescriptor
 
 const file_spiffed_admin_v1_admin_proto_rawDesc = "" +
@@ -880,7 +1268,7 @@ const file_spiffed_admin_v1_admin_proto_rawDesc = "" +
 	"\x16RevokeJoinTokenRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x19\n" +
 	"\x17RevokeJoinTokenResponse\"\x18\n" +
-	"\x16GetServerStatusRequest\"\xcf\x02\n" +
+	"\x16GetServerStatusRequest\"\xfa\x03\n" +
 	"\fServerStatus\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x1d\n" +
@@ -894,7 +1282,29 @@ const file_spiffed_admin_v1_admin_proto_rawDesc = "" +
 	"\vauthorities\x18\b \x03(\v2\x1b.spiffed.admin.v1.AuthorityR\vauthorities\x12\x10\n" +
 	"\x03pin\x18\t \x01(\tR\x03pin\x12\x1a\n" +
 	"\bproblems\x18\n" +
-	" \x03(\tR\bproblems\"~\n" +
+	" \x03(\tR\bproblems\x12\x1c\n" +
+	"\tconnected\x18\v \x01(\x04R\tconnected\x122\n" +
+	"\x15rejoin_window_seconds\x18\f \x01(\x03R\x13rejoinWindowSeconds\x12!\n" +
+	"\fcopied_nodes\x18\r \x01(\x04R\vcopiedNodes\x124\n" +
+	"\x06copied\x18\x0e \x03(\v2\x1c.spiffed.admin.v1.NodeDetailR\x06copied\"^\n" +
+	"\x10ListNodesRequest\x12\x1b\n" +
+	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\x12\x0e\n" +
+	"\x02id\x18\x03 \x01(\tR\x02id\"o\n" +
+	"\x11ListNodesResponse\x122\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x1c.spiffed.admin.v1.NodeDetailR\x05nodes\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xd0\x01\n" +
+	"\n" +
+	"NodeDetail\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
+	"\aseen_at\x18\x02 \x01(\x03R\x06seenAt\x12\x18\n" +
+	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\x1c\n" +
+	"\tconnected\x18\x04 \x01(\bR\tconnected\x12\x1b\n" +
+	"\tcopied_at\x18\x05 \x01(\x03R\bcopiedAt\x12%\n" +
+	"\x0ecopied_address\x18\x06 \x01(\tR\rcopiedAddress\x12\x1d\n" +
+	"\n" +
+	"copied_how\x18\a \x01(\tR\tcopiedHow\"~\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
@@ -902,7 +1312,7 @@ const file_spiffed_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"expires_at\x18\x04 \x01(\x03R\texpiresAt\x12\x18\n" +
 	"\atainted\x18\x05 \x01(\bR\atainted\"\x17\n" +
-	"\x15GetAgentStatusRequest\"\xd0\x03\n" +
+	"\x15GetAgentStatusRequest\"\xcc\x05\n" +
 	"\vAgentStatus\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x1d\n" +
@@ -921,12 +1331,27 @@ const file_spiffed_admin_v1_admin_proto_rawDesc = "" +
 	"\aentries\x18\v \x01(\x04R\aentries\x12\x14\n" +
 	"\x05svids\x18\f \x01(\x04R\x05svids\x12$\n" +
 	"\x0enext_expiry_at\x18\r \x01(\x03R\fnextExpiryAt\x12\x1a\n" +
-	"\bproblems\x18\x0e \x03(\tR\bproblems2\x94\x03\n" +
+	"\bproblems\x18\x0e \x03(\tR\bproblems\x12\x12\n" +
+	"\x04link\x18\x0f \x01(\tR\x04link\x12\x1d\n" +
+	"\n" +
+	"link_since\x18\x10 \x01(\x03R\tlinkSince\x12%\n" +
+	"\x0edegraded_since\x18\x11 \x01(\x03R\rdegradedSince\x12\x18\n" +
+	"\aserving\x18\x12 \x01(\bR\aserving\x12*\n" +
+	"\x11served_from_cache\x18\x13 \x01(\bR\x0fservedFromCache\x12\x14\n" +
+	"\x05cache\x18\x14 \x01(\tR\x05cache\x12\x14\n" +
+	"\x05clock\x18\x15 \x01(\tR\x05clock\x12.\n" +
+	"\x04held\x18\x16 \x03(\v2\x1a.spiffed.admin.v1.HeldSVIDR\x04held\"a\n" +
+	"\bHeldSVID\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x19\n" +
+	"\bentry_id\x18\x02 \x01(\tR\aentryId\x12\x1d\n" +
+	"\n" +
+	"expires_at\x18\x03 \x01(\x03R\texpiresAt2\xea\x03\n" +
 	"\x06Server\x12f\n" +
 	"\x0fCreateJoinToken\x12(.spiffed.admin.v1.CreateJoinTokenRequest\x1a).spiffed.admin.v1.CreateJoinTokenResponse\x12c\n" +
 	"\x0eListJoinTokens\x12'.spiffed.admin.v1.ListJoinTokensRequest\x1a(.spiffed.admin.v1.ListJoinTokensResponse\x12f\n" +
 	"\x0fRevokeJoinToken\x12(.spiffed.admin.v1.RevokeJoinTokenRequest\x1a).spiffed.admin.v1.RevokeJoinTokenResponse\x12U\n" +
-	"\tGetStatus\x12(.spiffed.admin.v1.GetServerStatusRequest\x1a\x1e.spiffed.admin.v1.ServerStatus2\\\n" +
+	"\tGetStatus\x12(.spiffed.admin.v1.GetServerStatusRequest\x1a\x1e.spiffed.admin.v1.ServerStatus\x12T\n" +
+	"\tListNodes\x12\".spiffed.admin.v1.ListNodesRequest\x1a#.spiffed.admin.v1.ListNodesResponse2\\\n" +
 	"\x05Agent\x12S\n" +
 	"\tGetStatus\x12'.spiffed.admin.v1.GetAgentStatusRequest\x1a\x1d.spiffed.admin.v1.AgentStatusBBZ@github.com/spiffed/spiffed/internal/api/spiffed/admin/v1;adminv1b\x06proto3"
 
@@ -942,7 +1367,7 @@ func file_spiffed_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_spiffed_admin_v1_admin_proto_rawDescData
 }
 
-var file_spiffed_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_spiffed_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_spiffed_admin_v1_admin_proto_goTypes = []any{
 	(*CreateJoinTokenRequest)(nil),  // 0: spiffed.admin.v1.CreateJoinTokenRequest
 	(*CreateJoinTokenResponse)(nil), // 1: spiffed.admin.v1.CreateJoinTokenResponse
@@ -953,29 +1378,38 @@ var file_spiffed_admin_v1_admin_proto_goTypes = []any{
 	(*RevokeJoinTokenResponse)(nil), // 6: spiffed.admin.v1.RevokeJoinTokenResponse
 	(*GetServerStatusRequest)(nil),  // 7: spiffed.admin.v1.GetServerStatusRequest
 	(*ServerStatus)(nil),            // 8: spiffed.admin.v1.ServerStatus
-	(*Authority)(nil),               // 9: spiffed.admin.v1.Authority
-	(*GetAgentStatusRequest)(nil),   // 10: spiffed.admin.v1.GetAgentStatusRequest
-	(*AgentStatus)(nil),             // 11: spiffed.admin.v1.AgentStatus
+	(*ListNodesRequest)(nil),        // 9: spiffed.admin.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 10: spiffed.admin.v1.ListNodesResponse
+	(*NodeDetail)(nil),              // 11: spiffed.admin.v1.NodeDetail
+	(*Authority)(nil),               // 12: spiffed.admin.v1.Authority
+	(*GetAgentStatusRequest)(nil),   // 13: spiffed.admin.v1.GetAgentStatusRequest
+	(*AgentStatus)(nil),             // 14: spiffed.admin.v1.AgentStatus
+	(*HeldSVID)(nil),                // 15: spiffed.admin.v1.HeldSVID
 }
 var file_spiffed_admin_v1_admin_proto_depIdxs = []int32{
 	2,  // 0: spiffed.admin.v1.CreateJoinTokenResponse.info:type_name -> spiffed.admin.v1.JoinToken
 	2,  // 1: spiffed.admin.v1.ListJoinTokensResponse.tokens:type_name -> spiffed.admin.v1.JoinToken
-	9,  // 2: spiffed.admin.v1.ServerStatus.authorities:type_name -> spiffed.admin.v1.Authority
-	0,  // 3: spiffed.admin.v1.Server.CreateJoinToken:input_type -> spiffed.admin.v1.CreateJoinTokenRequest
-	3,  // 4: spiffed.admin.v1.Server.ListJoinTokens:input_type -> spiffed.admin.v1.ListJoinTokensRequest
-	5,  // 5: spiffed.admin.v1.Server.RevokeJoinToken:input_type -> spiffed.admin.v1.RevokeJoinTokenRequest
-	7,  // 6: spiffed.admin.v1.Server.GetStatus:input_type -> spiffed.admin.v1.GetServerStatusRequest
-	10, // 7: spiffed.admin.v1.Agent.GetStatus:input_type -> spiffed.admin.v1.GetAgentStatusRequest
-	1,  // 8: spiffed.admin.v1.Server.CreateJoinToken:output_type -> spiffed.admin.v1.CreateJoinTokenResponse
-	4,  // 9: spiffed.admin.v1.Server.ListJoinTokens:output_type -> spiffed.admin.v1.ListJoinTokensResponse
-	6,  // 10: spiffed.admin.v1.Server.RevokeJoinToken:output_type -> spiffed.admin.v1.RevokeJoinTokenResponse
-	8,  // 11: spiffed.admin.v1.Server.GetStatus:output_type -> spiffed.admin.v1.ServerStatus
-	11, // 12: spiffed.admin.v1.Agent.GetStatus:output_type -> spiffed.admin.v1.AgentStatus
-	8,  // [8:13] is the sub-list for method output_type
-	3,  // [3:8] is the sub-list for method input_type
-	3,  // [3:3] is the sub-list for extension type_name
-	3,  // [3:3] is the sub-list for extension extendee
-	0,  // [0:3] is the sub-list for field type_name
+	12, // 2: spiffed.admin.v1.ServerStatus.authorities:type_name -> spiffed.admin.v1.Authority
+	11, // 3: spiffed.admin.v1.ServerStatus.copied:type_name -> spiffed.admin.v1.NodeDetail
+	11, // 4: spiffed.admin.v1.ListNodesResponse.nodes:type_name -> spiffed.admin.v1.NodeDetail
+	15, // 5: spiffed.admin.v1.AgentStatus.held:type_name -> spiffed.admin.v1.HeldSVID
+	0,  // 6: spiffed.admin.v1.Server.CreateJoinToken:input_type -> spiffed.admin.v1.CreateJoinTokenRequest
+	3,  // 7: spiffed.admin.v1.Server.ListJoinTokens:input_type -> spiffed.admin.v1.ListJoinTokensRequest
+	5,  // 8: spiffed.admin.v1.Server.RevokeJoinToken:input_type -> spiffed.admin.v1.RevokeJoinTokenRequest
+	7,  // 9: spiffed.admin.v1.Server.GetStatus:input_type -> spiffed.admin.v1.GetServerStatusRequest
+	9,  // 10: spiffed.admin.v1.Server.ListNodes:input_type -> spiffed.admin.v1.ListNodesRequest
+	13, // 11: spiffed.admin.v1.Agent.GetStatus:input_type -> spiffed.admin.v1.GetAgentStatusRequest
+	1,  // 12: spiffed.admin.v1.Server.CreateJoinToken:output_type -> spiffed.admin.v1.CreateJoinTokenResponse
+	4,  // 13: spiffed.admin.v1.Server.ListJoinTokens:output_type -> spiffed.admin.v1.ListJoinTokensResponse
+	6,  // 14: spiffed.admin.v1.Server.RevokeJoinToken:output_type -> spiffed.admin.v1.RevokeJoinTokenResponse
+	8,  // 15: spiffed.admin.v1.Server.GetStatus:output_type -> spiffed.admin.v1.ServerStatus
+	10, // 16: spiffed.admin.v1.Server.ListNodes:output_type -> spiffed.admin.v1.ListNodesResponse
+	14, // 17: spiffed.admin.v1.Agent.GetStatus:output_type -> spiffed.admin.v1.AgentStatus
+	12, // [12:18] is the sub-list for method output_type
+	6,  // [6:12] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_spiffed_admin_v1_admin_proto_init() }
@@ -989,7 +1423,7 @@ func file_spiffed_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_spiffed_admin_v1_admin_proto_rawDesc), len(file_spiffed_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

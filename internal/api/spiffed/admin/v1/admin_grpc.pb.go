@@ -26,6 +26,7 @@ const (
 	Server_ListJoinTokens_FullMethodName  = "/spiffed.admin.v1.Server/ListJoinTokens"
 	Server_RevokeJoinToken_FullMethodName = "/spiffed.admin.v1.Server/RevokeJoinToken"
 	Server_GetStatus_FullMethodName       = "/spiffed.admin.v1.Server/GetStatus"
+	Server_ListNodes_FullMethodName       = "/spiffed.admin.v1.Server/ListNodes"
 )
 
 // ServerClient is the client API for Server service.
@@ -43,6 +44,8 @@ type ServerClient interface {
 	RevokeJoinToken(ctx context.Context, in *RevokeJoinTokenRequest, opts ...grpc.CallOption) (*RevokeJoinTokenResponse, error)
 	// GetStatus says how the server is doing.
 	GetStatus(ctx context.Context, in *GetServerStatusRequest, opts ...grpc.CallOption) (*ServerStatus, error)
+	// ListNodes lists what SPIRE's Agent service does not say of the nodes, by ID.
+	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
 }
 
 type serverClient struct {
@@ -93,6 +96,16 @@ func (c *serverClient) GetStatus(ctx context.Context, in *GetServerStatusRequest
 	return out, nil
 }
 
+func (c *serverClient) ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListNodesResponse)
+	err := c.cc.Invoke(ctx, Server_ListNodes_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ServerServer is the server API for Server service.
 // All implementations must embed UnimplementedServerServer
 // for forward compatibility.
@@ -108,6 +121,8 @@ type ServerServer interface {
 	RevokeJoinToken(context.Context, *RevokeJoinTokenRequest) (*RevokeJoinTokenResponse, error)
 	// GetStatus says how the server is doing.
 	GetStatus(context.Context, *GetServerStatusRequest) (*ServerStatus, error)
+	// ListNodes lists what SPIRE's Agent service does not say of the nodes, by ID.
+	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
 	mustEmbedUnimplementedServerServer()
 }
 
@@ -129,6 +144,9 @@ func (UnimplementedServerServer) RevokeJoinToken(context.Context, *RevokeJoinTok
 }
 func (UnimplementedServerServer) GetStatus(context.Context, *GetServerStatusRequest) (*ServerStatus, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetStatus not implemented")
+}
+func (UnimplementedServerServer) ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListNodes not implemented")
 }
 func (UnimplementedServerServer) mustEmbedUnimplementedServerServer() {}
 func (UnimplementedServerServer) testEmbeddedByValue()                {}
@@ -223,6 +241,24 @@ func _Server_GetStatus_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Server_ListNodes_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListNodesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ServerServer).ListNodes(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Server_ListNodes_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ServerServer).ListNodes(ctx, req.(*ListNodesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Server_ServiceDesc is the grpc.ServiceDesc for Server service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -245,6 +281,10 @@ var Server_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetStatus",
 			Handler:    _Server_GetStatus_Handler,
+		},
+		{
+			MethodName: "ListNodes",
+			Handler:    _Server_ListNodes_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
