@@ -37,6 +37,10 @@ type Config struct {
 	JWTTTL   time.Duration // 5 minutes
 	AgentTTL time.Duration // of agents' SVIDs, and the server's own; 1 hour
 
+	// RejoinWindow is for how long after it was last seen a node may come back
+	// by its key, or its token, when its SVID has expired; 0: never.
+	RejoinWindow time.Duration
+
 	AdminIDs   []spiffeid.ID // operators by the network
 	AttestRate float64       // attestations a second for each source address; 0: no limit
 	SignRate   float64       // signatures a second for each agent; 0: no limit
@@ -105,7 +109,7 @@ func New(cfg Config) (*Server, error) {
 	s.api = api.New(api.Config{
 		TrustDomain: cfg.TrustDomain, Store: cfg.Store, State: s.state, CA: cfg.CA,
 		Verifiers: cfg.Verifiers, Tokens: cfg.Tokens,
-		X509TTL: cfg.X509TTL, JWTTTL: cfg.JWTTTL, AgentTTL: cfg.AgentTTL,
+		X509TTL: cfg.X509TTL, JWTTTL: cfg.JWTTTL, AgentTTL: cfg.AgentTTL, RejoinWindow: cfg.RejoinWindow,
 		AdminIDs: cfg.AdminIDs, AttestRate: cfg.AttestRate, SignRate: cfg.SignRate,
 		Advertise: cfg.Advertise, Listen: listener.Addr().String(), Version: cfg.Version, StartedAt: time.Now().Round(0),
 		ServerSVID: s.svid.chain, LogLevel: cfg.LogLevel, Log: cfg.Log,

@@ -40,6 +40,10 @@ type Config struct {
 	JWTTTL   time.Duration
 	AgentTTL time.Duration
 
+	// RejoinWindow is for how long after it was last seen a node may come back
+	// by its key, or its token, when its SVID has expired; 0: never.
+	RejoinWindow time.Duration
+
 	AdminIDs   []spiffeid.ID // may be empty
 	AttestRate float64       // attestations a second for each source address; 0: no limit
 	SignRate   float64       // signatures of a kind a second for each agent; 0: no limit

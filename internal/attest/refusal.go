@@ -1,0 +1,28 @@
+package attest
+
+import (
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Reason is why a node was refused, where something follows from it.
+type Reason int
+
+// What an agent is told in a form that its software acts upon, Copied aside: of
+// that the operator is told.
+const (
+	NotAttested Reason = iota + 1 // there is no such node: it never attested, or was evicted
+	Copied                        // it came with an older key of the node: an old copy of its disk
+)
+
+// Refusal is an ErrRefused about a node that the caller has named.
+type Refusal struct {
+	AgentID spiffeid.ID
+	Reason  Reason
+	Text    string // shown to the caller
+}
+
+// Error implements error.
+func (r *Refusal) Error() string { return ErrRefused.Error() + ": " + r.Text }
+
+// Unwrap returns ErrRefused.
+func (r *Refusal) Unwrap() error { return ErrRefused }
