@@ -2,6 +2,8 @@ package registry
 
 import (
 	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
 	"maps"
 	"slices"
 	"sync"
@@ -170,6 +172,73 @@ func (x *Index) Entitled(agentID spiffeid.ID, selectors []Selector, entryID stri
 		return e, true
 	}
 	return nil, false
+}
+
+// Above climbs from the parent of an entry and returns the IDs met on the way,
+// parent's first, and the aliases met. A node is entitled to what is below parent
+// if its ID is among the IDs, or one of the aliases' selectors are all its own.
+func (x *Index) Above(parent spiffeid.ID) (ids []spiffeid.ID, aliases []*Entry) {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	ids = append(ids, parent)
+	seen := map[spiffeid.ID]bool{parent: true}
+	for i := 0; i < len(ids); i++ {
+		for _, p := range x.bySPIFFE[ids[i]] {
+			switch {
+			case p.IsAlias():
+				aliases = append(aliases, p)
+			case !seen[p.ParentID]:
+				seen[p.ParentID] = true
+				ids = append(ids, p.ParentID)
+			}
+		}
+	}
+	return ids, aliases
+}
+
+// Below returns the IDs of the entries below a SPIFFE ID, and in turn below
+// theirs, in no order.
+func (x *Index) Below(id spiffeid.ID) []string {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	if len(x.byParent[id]) == 0 { // most are leaves
+		return nil
+	}
+	var out []string
+	todo := []spiffeid.ID{id}
+	seen := map[spiffeid.ID]bool{id: true}
+	for len(todo) > 0 {
+		parent := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		for _, e := range x.byParent[parent] {
+			out = append(out, e.ID)
+			if !seen[e.SPIFFEID] {
+				seen[e.SPIFFEID] = true
+				todo = append(todo, e.SPIFFEID)
+			}
+		}
+	}
+	return out
+}
+
+// Digest sums up entries that are ordered by ID, so that a server and an agent
+// can tell whether they have the same ones: see Hello.entries_digest in
+// spiffed.sync.v1.
+func Digest(entries []*Entry) [sha256.Size]byte {
+	h := sha256.New()
+	var b []byte
+	for _, e := range entries {
+		var created int64
+		if !e.CreatedAt.IsZero() {
+			created = e.CreatedAt.Unix()
+		}
+		b = binary.BigEndian.AppendUint16(b[:0], uint16(len(e.ID))) // at most MaxEntryIDLen
+		b = append(b, e.ID...)
+		b = binary.BigEndian.AppendUint64(b, uint64(e.Revision))
+		b = binary.BigEndian.AppendUint64(b, uint64(created))
+		h.Write(b)
+	}
+	return [sha256.Size]byte(h.Sum(nil))
 }
 
 // Matcher finds the entries that a process is entitled to by its selectors. It

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -242,6 +243,20 @@ func TestIndexAgainstPlainRules(t *testing.T) {
 			if got, ok := x.Entitled(agent, node, e.ID); ok != entitled || ok && got != e {
 				t.Fatalf("step %d: Entitled(%s) = %v, want %v", step, e.ID, ok, entitled)
 			}
+			if e.IsAlias() {
+				continue
+			}
+			ids, aliases := x.Above(e.ParentID)
+			above := slices.Contains(ids, agent) || slices.ContainsFunc(aliases, func(a *Entry) bool { return Subset(a.Selectors, node) })
+			if above != entitled {
+				t.Fatalf("step %d: Above(%s) says %v, want %v", step, e.ParentID, above, entitled)
+			}
+			if other := id("/w" + pick(12)); other != e.ParentID {
+				ids, _ := x.Above(e.ParentID)
+				if got, want := slices.Contains(x.Below(other), e.ID), slices.Contains(ids, other); got != want {
+					t.Fatalf("step %d: %s is below %s: %v, but the other is above it: %v", step, e.ID, other, got, want)
+				}
+			}
 		}
 		slices.Sort(want)
 		var got []string
@@ -255,6 +270,30 @@ func TestIndexAgainstPlainRules(t *testing.T) {
 	x.Apply(true, nil, nil)
 	if x.Len() != 0 || len(x.Authorized(agent, nil)) != 0 {
 		t.Error("a reset left entries behind")
+	}
+}
+
+// TestDigest: by the words of spiffed.sync.v1, and each part of it counts.
+func TestDigest(t *testing.T) {
+	a := &Entry{ID: "ab", Revision: 258, CreatedAt: time.Unix(3, 999)}
+	b := &Entry{ID: "b", Revision: 1}
+	sum := sha256.Sum256([]byte("\x00\x02ab" + "\x00\x00\x00\x00\x00\x00\x01\x02" + "\x00\x00\x00\x00\x00\x00\x00\x03" +
+		"\x00\x01b" + "\x00\x00\x00\x00\x00\x00\x00\x01" + "\x00\x00\x00\x00\x00\x00\x00\x00"))
+	if Digest([]*Entry{a, b}) != sum {
+		t.Error("not the bytes of the contract")
+	}
+	for _, other := range [][]*Entry{
+		{a}, {b, a}, nil,
+		{a, {ID: "b", Revision: 2}},
+		{a, {ID: "b", Revision: 1, CreatedAt: time.Unix(1, 0)}},
+		{a, {ID: "c", Revision: 1}},
+	} {
+		if Digest(other) == sum {
+			t.Errorf("%v has the same digest", other)
+		}
+	}
+	if Digest(nil) != sha256.Sum256(nil) {
+		t.Error("no entries")
 	}
 }
 
