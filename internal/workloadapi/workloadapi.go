@@ -1,5 +1,6 @@
 // Package workloadapi serves the SPIFFE Workload API on a unix socket: the
-// X.509 and JWT profiles to the letter, with server reflection and gRPC health.
+// X.509 and JWT profiles to the letter, with server reflection and gRPC health
+// (health.go has what that says).
 // The WIT profile is answered with Unimplemented.
 //
 // It attests each caller and asks a registry.Source what that process may have.
@@ -17,8 +18,6 @@ import (
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/health"
-	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
 
@@ -49,6 +48,11 @@ type Config struct {
 	Attestors []attest.Workload
 	Log       *slog.Logger
 
+	// Ready says whether there is something to serve from, and gives a channel
+	// that is closed when that may have changed. gRPC health says it on. Nil: as
+	// long as this endpoint serves, it is.
+	Ready func() (ready bool, changed <-chan struct{})
+
 	// What the processes of one user may hold at a time; 0 means the default.
 	ConnsPerUser        int // 256
 	RPCsPerUser         int // 1024, streams included
@@ -60,6 +64,7 @@ type Server struct {
 	source    registry.Source
 	attestors []attest.Workload
 	log       *slog.Logger
+	ready     func() (bool, <-chan struct{})
 	refusals  *rate.Limiter // keeps a caller from flooding the log
 
 	conns, rpcs  *perUser
@@ -72,6 +77,7 @@ func New(cfg Config) *Server {
 		source:       cfg.Source,
 		attestors:    cfg.Attestors,
 		log:          cfg.Log,
+		ready:        cfg.Ready,
 		refusals:     rate.NewLimiter(refusalsPerSec, refusalsAtATime),
 		conns:        newPerUser(cmp.Or(cfg.ConnsPerUser, 256)),
 		rpcs:         newPerUser(cmp.Or(cfg.RPCsPerUser, 1024)),
@@ -100,9 +106,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)
 	workloadpb.RegisterSpiffeWorkloadAPIServer(g, e)
-	status := health.NewServer() // "" is serving
-	status.SetServingStatus(workloadpb.SpiffeWorkloadAPI_ServiceDesc.ServiceName, grpc_health_v1.HealthCheckResponse_SERVING)
-	grpc_health_v1.RegisterHealthServer(g, status)
+	status := s.serveHealth(ctx, g)
 	reflection.Register(g)
 
 	failed := make(chan error, 1)
