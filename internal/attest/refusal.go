@@ -1,6 +1,8 @@
 package attest
 
 import (
+	"fmt"
+
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
@@ -19,6 +21,11 @@ type Refusal struct {
 	AgentID spiffeid.ID
 	Reason  Reason
 	Text    string // shown to the caller
+}
+
+// CopiedKey refuses a key from before the node's last renewal.
+func CopiedKey(id spiffeid.ID) *Refusal {
+	return &Refusal{id, Copied, fmt.Sprintf("the key is from before the last renewal of agent %q: this data_dir is a copy, or was restored from an old backup", id)}
 }
 
 // Error implements error.

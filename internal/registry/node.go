@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"bytes"
 	"slices"
 	"time"
 
@@ -37,8 +38,9 @@ type Node struct {
 
 	// The SVID and key before those in use. They are good for nothing; who shows
 	// them has an old copy of the node's disk.
-	PreviousSerial  string `json:"previous_serial,omitempty"`
-	PreviousKeyHash []byte `json:"previous_key_hash,omitempty"`
+	PreviousSerial  string    `json:"previous_serial,omitempty"`
+	PreviousKeyHash []byte    `json:"previous_key_hash,omitempty"`
+	PromotedAt      time.Time `json:"promoted_at,omitzero"` // when those in use took their place
 
 	// Copied is what was seen of a second machine with this node's identity.
 	Copied *Copied `json:"copied,omitempty"`
@@ -52,6 +54,31 @@ type Copied struct {
 	SeenAt  time.Time `json:"seen_at"`           // last
 	Address string    `json:"address,omitempty"` // of the one that came second
 	How     string    `json:"how"`               // what was seen, in words
+}
+
+// Promote makes the next SVID the one in use, and the one in use the previous.
+// A key that stays in use is no previous one.
+func (n *Node) Promote(at time.Time) {
+	n.PreviousSerial, n.PromotedAt = n.Serial, at
+	if !bytes.Equal(n.KeyHash, n.NextKeyHash) {
+		n.PreviousKeyHash = n.KeyHash
+	}
+	n.Serial, n.ExpiresAt, n.KeyHash = n.NextSerial, n.NextExpiresAt, n.NextKeyHash
+	n.NextSerial, n.NextExpiresAt, n.NextKeyHash = "", time.Time{}, nil
+}
+
+// Valid says whether one of the node's SVIDs has not expired.
+func (n *Node) Valid(at time.Time) bool {
+	return n.Serial != "" && at.Before(n.ExpiresAt) || n.NextSerial != "" && at.Before(n.NextExpiresAt)
+}
+
+// LastSeen is SeenAt. In a record from before there was such a thing, the end of
+// the last SVID stands for it, at most the life of an SVID later.
+func (n *Node) LastSeen() time.Time {
+	if !n.SeenAt.IsZero() {
+		return n.SeenAt
+	}
+	return slices.MaxFunc([]time.Time{n.AttestedAt, n.ExpiresAt, n.NextExpiresAt}, time.Time.Compare)
 }
 
 // Clone returns a deep copy.

@@ -57,7 +57,13 @@ func (s *strangers) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInf
 		leave()
 		return nil, nil, err
 	}
-	if t, ok := info.(credentials.TLSInfo); ok && len(t.State.PeerCertificates) > 0 {
+	t, ok := info.(credentials.TLSInfo)
+	if !ok {
+		leave()
+		return nil, nil, fmt.Errorf("connection of type %T", info)
+	}
+	info = api.NewConnection(t)
+	if len(t.State.PeerCertificates) > 0 {
 		leave()
 		return conn, info, nil
 	}

@@ -79,14 +79,11 @@ func (v *Verifier) Verify(ctx context.Context, req attest.Request, _ func([]byte
 		case subtle.ConstantTimeCompare(t.SecretHash, HashSecret(token.Secret)) != 1:
 			return nil, refuse("wrong secret", errUnknown)
 		case len(t.KeyHash) > 0:
-			known, err := v.isKeyOf(ctx, t, agentID, keyHash[:])
-			if err != nil {
-				return nil, err
+			result, err := v.again(ctx, t, agentID, keyHash[:])
+			if errors.Is(err, attest.ErrRefused) {
+				return nil, refuse("already redeemed with another key, from "+t.Address, err)
 			}
-			if !known {
-				return nil, refuse("already redeemed with another key, from "+t.Address, errUnknown)
-			}
-			return &attest.Result{AgentID: agentID}, nil
+			return result, err
 		case !time.Now().Round(0).Before(t.ExpiresAt):
 			return nil, refuse("expired", errExpired)
 		}
@@ -105,17 +102,23 @@ func (v *Verifier) Verify(ctx context.Context, req attest.Request, _ func([]byte
 	}
 }
 
-// isKeyOf says whether the key is the one that the token's node has now: that of
-// its SVID, or of the renewal whose reply may have been lost. Until there is a
-// node, it is the key that the token is bound to. An older key is refused: it
-// comes from an old copy of the node's disk.
-func (v *Verifier) isKeyOf(ctx context.Context, t *registry.JoinToken, agentID spiffeid.ID, keyHash []byte) (bool, error) {
+// again judges a token that was redeemed before. The key must be the one that
+// the token's node has now: that of its SVID, or of the renewal whose reply may
+// have been lost. Until there is a node, it is the key that the token is bound
+// to. An older key is refused: it comes from an old copy of the node's disk.
+func (v *Verifier) again(ctx context.Context, t *registry.JoinToken, agentID spiffeid.ID, keyHash []byte) (*attest.Result, error) {
 	n, err := v.cfg.Store.GetNode(ctx, agentID)
 	switch {
+	case errors.Is(err, registry.ErrNotFound) && bytes.Equal(t.KeyHash, keyHash):
+		return &attest.Result{AgentID: agentID}, nil
 	case errors.Is(err, registry.ErrNotFound):
-		return bytes.Equal(t.KeyHash, keyHash), nil
+		return nil, errUnknown
 	case err != nil:
-		return false, fmt.Errorf("reading node %q: %w", agentID, err)
+		return nil, fmt.Errorf("reading node %q: %w", agentID, err)
+	case bytes.Equal(n.KeyHash, keyHash), bytes.Equal(n.NextKeyHash, keyHash):
+		return &attest.Result{AgentID: agentID, Known: true}, nil
+	case bytes.Equal(n.PreviousKeyHash, keyHash):
+		return nil, attest.CopiedKey(agentID)
 	}
-	return bytes.Equal(n.KeyHash, keyHash) || bytes.Equal(n.NextKeyHash, keyHash), nil
+	return nil, errUnknown
 }

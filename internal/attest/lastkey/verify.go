@@ -76,7 +76,7 @@ func (v *Verifier) Verify(ctx context.Context, req attest.Request, challenge fun
 		return nil, refuse(err)
 	}
 	if !known {
-		return nil, &attest.Refusal{AgentID: id, Reason: attest.Copied, Text: fmt.Sprintf("agent %q has renewed its key since with another copy of its data_dir: this one is a copy, or an old backup", id)}
+		return nil, attest.CopiedKey(id)
 	}
 	return &attest.Result{AgentID: id, Known: true}, nil
 }

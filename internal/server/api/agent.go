@@ -297,7 +297,7 @@ func (s *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 			return denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "the SVID of agent %q has been replaced by another", c.id)
 		}
 		next.asNext(n)
-		n.Address = c.addr.String()
+		n.SeenAt, n.Address = now().UTC(), c.addr.String()
 		return nil
 	})
 	if errors.Is(err, registry.ErrNotFound) {

@@ -84,6 +84,8 @@ type API struct {
 	launchLevel slog.Level
 
 	attempts attempts
+	copies   copies
+	seen     seen
 	bundle   atomic.Pointer[cachedBundle]
 }
 

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
@@ -16,7 +17,6 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
@@ -157,8 +157,16 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 	if errors.Is(err, attest.ErrRefused) {
 		text := strings.TrimPrefix(err.Error(), attest.ErrRefused.Error()+": ")
 		s.refusals.log(ctx, "refused attestation", slog.String("attestor", data.GetType()), slog.String("address", c.addr.String()), slog.String("reason", text))
-		// SPIRE's agents, and scripts around them, look for this beginning.
-		return status.Errorf(codes.InvalidArgument, "failed to attest: %s", text)
+		var refusal *attest.Refusal
+		if errors.As(err, &refusal) {
+			switch refusal.Reason {
+			case attest.NotAttested:
+				return denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "%s", text)
+			case attest.Copied:
+				s.noteCopied(ctx, refusal.AgentID, c.addr.String(), copiedKey)
+			}
+		}
+		return refused(text)
 	}
 	if err != nil {
 		return fmt.Errorf("verifying an attestation of type %q: %w", data.GetType(), err)
@@ -176,7 +184,7 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 // admit records a node that has proven itself, with the SVID it gets.
 func (s *agentService) admit(ctx context.Context, attempt *attempt, attestor string, result *attest.Result, csr *x509.CertificateRequest) ([]*x509.Certificate, error) {
 	id, c := result.AgentID, callerOf(ctx)
-	if !id.MemberOf(s.cfg.TrustDomain) || !strings.HasPrefix(id.Path(), registry.AgentPathPrefix+attestor+"/") {
+	if !id.MemberOf(s.cfg.TrustDomain) || !result.Known && !strings.HasPrefix(id.Path(), registry.AgentPathPrefix+attestor+"/") {
 		return nil, fmt.Errorf("attestor %q named the agent %q, which is outside of its paths", attestor, id)
 	}
 	for _, sel := range result.Selectors {
@@ -184,15 +192,29 @@ func (s *agentService) admit(ctx context.Context, attempt *attempt, attestor str
 			return nil, fmt.Errorf("attestor %q: %w", attestor, errors.New(err.Error()))
 		}
 	}
-	banned := func() error {
-		s.refusals.log(ctx, "refused attestation", slog.String("attestor", attestor), slog.String("agent_id", id.String()), slog.String("address", c.addr.String()), slog.String("reason", "banned"))
-		return denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %q is banned", id)
+	// judge says whether the node, as its record is now, may come in.
+	judge := func() (*registry.Node, error) {
+		n, err := s.cfg.Store.GetNode(ctx, id)
+		switch {
+		case errors.Is(err, registry.ErrNotFound) && !result.Known:
+			return &registry.Node{ID: id}, nil
+		case errors.Is(err, registry.ErrNotFound):
+			err = denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %q was evicted while it attested", id)
+		case err != nil:
+			return nil, err
+		case n.Banned:
+			err = denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %q is banned", id)
+		case result.Known:
+			err = s.mayRejoin(n)
+		}
+		if err != nil {
+			s.refusals.log(ctx, "refused attestation", slog.String("attestor", attestor), slog.String("agent_id", id.String()),
+				slog.String("address", c.addr.String()), slog.String("reason", status.Convert(err).Message()))
+			return nil, err
+		}
+		return n.Clone(), nil
 	}
-	before, err := s.cfg.Store.GetNode(ctx, id)
-	switch {
-	case err == nil && before.Banned:
-		return nil, banned()
-	case err != nil && !errors.Is(err, registry.ErrNotFound):
+	if _, err := judge(); err != nil { // before the work of signing
 		return nil, err
 	}
 	svid, next, err := s.signAgent(ctx, id, csr)
@@ -200,24 +222,18 @@ func (s *agentService) admit(ctx context.Context, attempt *attempt, attestor str
 		return nil, err
 	}
 	for range maxConflicts {
-		n := &registry.Node{ID: id}
-		switch before, err = s.cfg.Store.GetNode(ctx, id); {
-		case err == nil && before.Banned:
-			return nil, banned()
-		case err == nil:
-			n = before.Clone()
-		case !errors.Is(err, registry.ErrNotFound):
+		n, err := judge()
+		if err != nil {
 			return nil, err
 		}
-		if n.Serial != "" && now().Before(n.ExpiresAt) {
-			// Should this reply be lost, the agent still has the SVID before.
-			next.asNext(n)
-		} else {
-			next.asCurrent(n)
+		expired := !n.Valid(now())
+		next.admitted(n, result.Known)
+		n.SeenAt, n.Address = now().UTC(), c.addr.String()
+		if !result.Known {
+			n.AttestationType, n.CanReattest = attestor, result.CanReattest
+			n.Selectors = registry.SortSelectors(result.Selectors)
 		}
-		n.AttestationType, n.CanReattest = attestor, result.CanReattest
-		n.Selectors = registry.SortSelectors(result.Selectors)
-		n.AttestedAt, n.Address = now().UTC(), c.addr.String()
+		n.AttestedAt = n.SeenAt
 		isNew := n.Version == 0
 		stored, err := s.cfg.Store.PutNode(ctx, n)
 		if errors.Is(err, registry.ErrConflict) {
@@ -236,7 +252,11 @@ func (s *agentService) admit(ctx context.Context, attempt *attempt, attestor str
 		if err := s.cfg.State.awaitNode(ctx, stored, isNew); err != nil {
 			return nil, err
 		}
-		s.audit(ctx, "attested agent", slog.String("attestor", attestor), slog.String("agent_id", id.String()),
+		done := "attested agent"
+		if result.Known && expired {
+			done = "rejoined agent"
+		}
+		s.audit(ctx, done, slog.String("attestor", attestor), slog.String("agent_id", id.String()),
 			slog.String("serial_num", next.serial), slog.Time("expires_at", next.expiresAt))
 		return svid, nil
 	}
@@ -250,7 +270,7 @@ func bindingOf(ctx context.Context) []byte {
 	if !ok {
 		return nil
 	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	info, ok := p.AuthInfo.(*Connection)
 	if !ok {
 		return nil
 	}
@@ -268,9 +288,24 @@ type agentSVID struct {
 	keyHash   []byte
 }
 
-func (v *agentSVID) asCurrent(n *registry.Node) {
-	n.Serial, n.ExpiresAt, n.KeyHash = v.serial, v.expiresAt, v.keyHash
-	n.NextSerial, n.NextExpiresAt, n.NextKeyHash = "", time.Time{}, nil
+// admitted puts the SVID into the record of a node that has attested. Whatever
+// the node may still have, because this reply or one before is lost, stays good.
+func (v *agentSVID) admitted(n *registry.Node, known bool) {
+	switch {
+	case n.Serial != "" && now().Before(n.ExpiresAt):
+		v.asNext(n)
+	case known && !bytes.Equal(n.KeyHash, v.keyHash):
+		// The key of a renewal whose reply was lost. The one before it is good
+		// until this one is used.
+		v.asNext(n)
+	case known:
+		// The key stays, and so does that of a renewal whose reply came: a copy
+		// of an older disk must not take it from the node.
+		n.Serial, n.ExpiresAt = v.serial, v.expiresAt
+	default:
+		n.Serial, n.ExpiresAt, n.KeyHash = v.serial, v.expiresAt, v.keyHash
+		n.NextSerial, n.NextExpiresAt, n.NextKeyHash = "", time.Time{}, nil
+	}
 }
 
 func (v *agentSVID) asNext(n *registry.Node) {

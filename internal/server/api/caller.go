@@ -33,8 +33,18 @@ type caller struct {
 	local *peercred.Peer // not nil: by the admin socket
 	id    spiffeid.ID    // zero: without an SVID
 	leaf  *x509.Certificate
-	node  *node // if it is an agent in good standing
+	since time.Time // when the connection was opened
+	node  *node     // if it is an agent in good standing
 }
+
+// Connection is what is known of a connection by TLS.
+type Connection struct {
+	credentials.TLSInfo
+	openedAt time.Time
+}
+
+// NewConnection is called when the handshake is over.
+func NewConnection(info credentials.TLSInfo) *Connection { return &Connection{info, now()} }
 
 // LogValue says who it is in the words of the log.
 func (c *caller) LogValue() slog.Value { return slog.GroupValue(c.attrs()...) }
@@ -109,10 +119,11 @@ func identify(ctx context.Context) (*caller, error) {
 		c.local, c.kinds = local, Local
 		return c, nil
 	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	info, ok := p.AuthInfo.(*Connection)
 	if !ok {
 		return nil, fmt.Errorf("connection of type %T", p.AuthInfo)
 	}
+	c.since = info.openedAt
 	if certs := info.State.PeerCertificates; len(certs) > 0 {
 		id, err := PeerID(certs[0])
 		if err != nil {
@@ -147,6 +158,9 @@ func (a *API) authorize(ctx context.Context, method string) (*caller, error) {
 	if err == nil && c.kinds&Agent != 0 {
 		err = a.promoteNext(ctx, c)
 	}
+	if err == nil && c.kinds&Agent != 0 {
+		a.noteSeen(ctx, c)
+	}
 	return c, err
 }
 
@@ -178,6 +192,7 @@ func (a *API) Tap(ctx context.Context, info *tap.Info) (context.Context, error) 
 	c, err := a.check(ctx, info.FullMethodName)
 	if err != nil {
 		a.refuse(ctx, c, info.FullMethodName, err)
+		a.noteOldSVID(ctx, c)
 	}
 	return ctx, err
 }
@@ -238,8 +253,7 @@ func (a *API) promoteNext(ctx context.Context, c *caller) error {
 		case n.NextSerial != serial:
 			return denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "the SVID of agent %q has been replaced by another", c.id)
 		}
-		n.Serial, n.ExpiresAt, n.KeyHash = n.NextSerial, n.NextExpiresAt, n.NextKeyHash
-		n.NextSerial, n.NextExpiresAt, n.NextKeyHash = "", time.Time{}, nil
+		n.Promote(now().UTC())
 		return nil
 	})
 	if errors.Is(err, registry.ErrNotFound) {
