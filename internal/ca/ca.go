@@ -9,7 +9,6 @@ package ca
 
 import (
 	"context"
-	"crypto"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
@@ -47,6 +46,9 @@ type Config struct {
 	// clocks are behind; 1 minute.
 	Backdate  time.Duration
 	JWTIssuer string // the iss of JWT-SVIDs; empty: none
+	// Floor is a time that is certainly past, as that of the program's build. No
+	// root is made while the clock is before it. Zero: nothing is known.
+	Floor time.Time
 
 	Journal Journal
 	Log     *slog.Logger
@@ -143,8 +145,18 @@ type CA struct {
 	dir  *keyDir
 	seal *sealer
 
-	mu    sync.Mutex            // held while rotating
+	mu    sync.Mutex            // held while rotating; guards the fields below
 	state atomic.Pointer[state] // replaced under mu, read by all
+	// unsure says that the journal may hold more than state: a change of the
+	// roots failed, and may have been stored all the same.
+	unsure    bool
+	jwtFailed failure // the last attempt to rotate the JWT keys
+}
+
+// failure is an attempt that did not succeed.
+type failure struct {
+	err error
+	at  time.Time // by the monotonic clock
 }
 
 // state is what the CA signs with and publishes. It is never changed.
@@ -154,14 +166,9 @@ type state struct {
 	changed chan struct{} // closed when another bundle replaces this one
 
 	root    rootCA
-	signing *signingCA // nil until the first is made
-	jwt     *jwtKey    // nil if none is active
-}
-
-type rootCA struct {
-	id   string
-	cert *x509.Certificate
-	key  crypto.Signer
+	roots   map[string]*root // all that the journal knows, by ID; the active one too
+	signing *signingCA       // below root; nil until the first is made
+	jwt     *jwtKey          // nil if none is active
 }
 
 // Open loads the authorities or, on a truly fresh host, makes them. It refuses
@@ -188,6 +195,11 @@ func (c *CA) open(ctx context.Context) error {
 		return fmt.Errorf("loading the authorities: %w", err)
 	}
 	isNew := len(records) == 0 && bundle == nil
+	if isNew {
+		if err := c.checkClock(wallNow()); err != nil { // before there is even a folder
+			return fmt.Errorf("making the first authorities: %w", err)
+		}
+	}
 	if err := c.dir.prepare(isNew); err != nil {
 		return err
 	}
@@ -204,6 +216,14 @@ func (c *CA) open(ctx context.Context) error {
 	}
 	s, err := c.adopt(records, bundle, nil)
 	if err != nil {
+		return err
+	}
+	if c.tidyKeys(s) {
+		if err := c.dir.dropPending(); err != nil {
+			return err
+		}
+	}
+	if err := c.noteStrays(s); err != nil {
 		return err
 	}
 	c.publish(s)
@@ -282,11 +302,14 @@ type AuthorityStatus struct {
 	Tainted   bool
 }
 
-// Status lists the authorities.
+// Status lists the authorities, without the roots that have left the bundle.
 func (c *CA) Status() []AuthorityStatus {
 	s := c.state.Load()
 	var out []AuthorityStatus
 	for _, r := range s.records {
+		if r.State == registry.Revoked {
+			continue
+		}
 		kind := "jwt"
 		if r.Kind == registry.KindX509 {
 			kind = "root"

@@ -18,9 +18,6 @@ func (c *CA) create(ctx context.Context) error {
 		return err
 	}
 	now := wallNow()
-	if now.Year() < 2000 {
-		return fmt.Errorf("the host's clock says %s; set it first: the life of a root is counted from it", now.UTC().Format(time.RFC3339))
-	}
 	dataKey, err := c.dir.readDataKey()
 	if errors.Is(err, fs.ErrNotExist) {
 		dataKey, err = c.dir.makeDataKey()
@@ -33,14 +30,14 @@ func (c *CA) create(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	rootKey, err := c.dir.pendingKey(c.cfg.KeyType)
+	rootKey, err := c.dir.pendingKey(c.cfg.KeyType, nil)
 	if err != nil {
 		return fmt.Errorf("making the root key: %w", err)
 	}
 	if err := c.dir.settle(); err != nil {
 		return err
 	}
-	root, cert, err := c.newRoot(rootKey, now)
+	root, cert, err := c.newRoot(rootKey, registry.Active, now)
 	if err != nil {
 		return err
 	}
@@ -61,6 +58,21 @@ func (c *CA) create(ctx context.Context) error {
 	}
 	c.cfg.Log.Info("made a new root", "trust_domain_id", c.td, "local_authority_id", root.ID, "expires_at", root.ExpiresAt, "type", "audit")
 	return nil
+}
+
+// checkClock refuses to count the life of a root from a time that cannot be.
+func (c *CA) checkClock(now time.Time) error {
+	why := ""
+	switch {
+	case now.Before(c.cfg.Floor):
+		why = fmt.Sprintf("but this program was built later, at %s", c.cfg.Floor.UTC().Format(time.RFC3339))
+	case now.Year() < 2000:
+		why = "which cannot be"
+	default:
+		return nil
+	}
+	return preconditionf("the host's clock says %s, %s; set it first (see `timedatectl`): the life of a root is counted from it. Nothing was made",
+		now.UTC().Format(time.RFC3339), why)
 }
 
 // CheckNew refuses if the folder holds the root key of a CA that was there before.

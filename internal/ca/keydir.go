@@ -11,6 +11,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/spiffed/spiffed/internal/durable"
@@ -29,6 +31,11 @@ const (
 )
 
 func rootKeyFile(id string) string { return "root-" + id + ".key" }
+
+// rootKeyID is the inverse, of a path.
+func rootKeyID(path string) string {
+	return strings.TrimSuffix(strings.TrimPrefix(filepath.Base(path), "root-"), ".key")
+}
 
 // keyDir is the folder of the keys. write, remove and sync are
 // durable.WriteFile, os.Remove and durable.SyncDir, but for tests that fail at
@@ -181,10 +188,13 @@ func (d *keyDir) makeDataKey() ([]byte, error) {
 }
 
 // pendingKey returns the root key of an interrupted creation, or a new one. The
-// old one is used again, since its record may yet turn out to be stored.
-func (d *keyDir) pendingKey(t KeyType) (crypto.Signer, error) {
+// old one is used again, since its record may yet turn out to be stored; but not
+// if it is one of taken, the keys that roots have under names of their own.
+func (d *keyDir) pendingKey(t KeyType, taken []crypto.PublicKey) (crypto.Signer, error) {
 	if key, err := d.readKey(pendingKeyFile); err == nil && typeOf(key.Public()) == t {
-		return key, nil
+		if !slices.ContainsFunc(taken, func(pub crypto.PublicKey) bool { return equalKeys(key.Public(), pub) }) {
+			return key, nil
+		}
 	}
 	key, err := generateKey(t)
 	if err != nil {
@@ -202,7 +212,8 @@ func (d *keyDir) settle() error {
 
 // rootKey returns the private key of the root authority with that ID and public
 // key. If the creation was interrupted after the record was stored, it takes the
-// last step: the pending key gets its name.
+// last step: the pending key gets its name, and keeps the other one until
+// dropPending.
 func (d *keyDir) rootKey(id string, pub crypto.PublicKey) (crypto.Signer, error) {
 	name := rootKeyFile(id)
 	key, err := d.readKey(name)
@@ -228,8 +239,38 @@ func (d *keyDir) rootKey(id string, pub crypto.PublicKey) (crypto.Signer, error)
 	case !equalKeys(key.Public(), pub):
 		return nil, fmt.Errorf("the key in %q is not that of the root authority %s in the database; restore the file, or the database that belongs to it, from a backup", d.file(name), id)
 	}
-	if err := d.remove(d.file(pendingKeyFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("removing what is left of an earlier creation: %w", err)
-	}
 	return key, nil
+}
+
+// dropPending removes the pending key. Every root that it may belong to must have
+// it under its own name.
+func (d *keyDir) dropPending() error {
+	if err := d.remove(d.file(pendingKeyFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("removing what is left of an earlier creation: %w", err)
+	}
+	return nil
+}
+
+// removeRootKey removes the private key of a revoked root, by whichever name.
+func (d *keyDir) removeRootKey(id string, pub crypto.PublicKey) error {
+	names := []string{rootKeyFile(id)}
+	if pending, err := d.readKey(pendingKeyFile); err == nil && equalKeys(pending.Public(), pub) {
+		names = append(names, pendingKeyFile)
+	}
+	removed := false
+	for _, name := range names {
+		switch err := d.remove(d.file(name)); {
+		case err == nil:
+			removed = true
+		case !errors.Is(err, fs.ErrNotExist):
+			return fmt.Errorf("removing the key of the revoked root %s: %w", id, err)
+		}
+	}
+	if !removed {
+		return nil
+	}
+	if err := d.sync(d.path); err != nil {
+		return fmt.Errorf("removing the key of the revoked root %s: %w", id, err)
+	}
+	return nil
 }

@@ -237,7 +237,7 @@ func TestKeysAreSettledBeforeTheyAreNamed(t *testing.T) {
 	if _, err := first.makeDataKey(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := first.pendingKey(ECP256); err != nil {
+	if _, err := first.pendingKey(ECP256, nil); err != nil {
 		t.Fatal(err)
 	}
 	dir := newKeyDir(cfg.Dir)
@@ -266,7 +266,7 @@ func TestKeysAreSettledBeforeTheyAreNamed(t *testing.T) {
 func TestPendingKeyIsNotAlwaysUsed(t *testing.T) {
 	for _, mode := range []os.FileMode{0o600, 0o640} {
 		dir := t.TempDir()
-		key, err := newKeyDir(dir).pendingKey(ECP256)
+		key, err := newKeyDir(dir).pendingKey(ECP256, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

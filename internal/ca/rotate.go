@@ -3,14 +3,11 @@ package ca
 import (
 	"context"
 	"crypto"
-	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
 	"time"
 
-	"github.com/spiffed/spiffed/internal/ca/lint"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -22,6 +19,8 @@ const (
 	// clockSlack is how far in the future a key may have been made before we
 	// say that the clock was wrong then.
 	clockSlack = time.Hour
+
+	retryAfter = time.Second
 )
 
 // jwtPlan is what to do with the JWT keys.
@@ -91,9 +90,25 @@ func fromFuture(now time.Time, r *registry.Authority) bool {
 
 // rotateJWT does what planJWT says. Keys come into the bundle, and the bundle
 // into the journal, before anything is signed with them.
+//
+// An attempt that failed stands for a second: with an expired key and a journal
+// that fails, each caller who wants a token would make a key otherwise.
 func (c *CA) rotateJWT(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.jwtFailed.err != nil && time.Since(c.jwtFailed.at) < retryAfter {
+		return c.jwtFailed.err
+	}
+	err := c.tryRotateJWT(ctx)
+	if ctx.Err() != nil { // which is this caller's own affair
+		return err
+	}
+	c.jwtFailed = failure{err, time.Now()}
+	return err
+}
+
+// tryRotateJWT is called with mu held.
+func (c *CA) tryRotateJWT(ctx context.Context) error {
 	now := wallNow()
 	lead := publishHints * c.cfg.RefreshHint
 	s := c.state.Load()
@@ -102,16 +117,12 @@ func (c *CA) rotateJWT(ctx context.Context) error {
 		// would replace them has expired when the clock is set.
 		return nil
 	}
-	if planJWT(now, s.records, lead).empty() && s.bundle.RefreshHint == c.cfg.RefreshHint {
+	if planJWT(now, s.records, lead).empty() && s.bundle.RefreshHint == c.cfg.RefreshHint && !c.unsure {
 		return nil
 	}
-	// Read again: an earlier attempt may have been stored although it failed.
-	records, bundle, err := c.cfg.Journal.LoadAuthorities(ctx)
+	records, bundle, err := c.reload(ctx, s)
 	if err != nil {
-		return fmt.Errorf("rotating the JWT keys: loading the authorities: %w", err)
-	}
-	if bundle == nil || bundle.Sequence < s.bundle.Sequence {
-		return fmt.Errorf("rotating the JWT keys: the database went back to before bundle %d, which was published; stop the server before you restore a backup", s.bundle.Sequence)
+		return fmt.Errorf("rotating the JWT keys: %w", err)
 	}
 	plan := planJWT(now, records, lead)
 	if !plan.empty() || bundle.RefreshHint != c.cfg.RefreshHint {
@@ -124,7 +135,24 @@ func (c *CA) rotateJWT(ctx context.Context) error {
 		return fmt.Errorf("rotating the JWT keys: %w", err)
 	}
 	c.publish(next)
+	if c.unsure {
+		c.unsure = false
+		c.tidyKeys(next)
+	}
 	return nil
+}
+
+// reload reads the journal again: an earlier attempt to change it may have been
+// stored although it failed.
+func (c *CA) reload(ctx context.Context, s *state) ([]*registry.Authority, *registry.Bundle, error) {
+	records, bundle, err := c.cfg.Journal.LoadAuthorities(ctx)
+	if err != nil {
+		return nil, nil, fmt.Errorf("loading the authorities: %w", err)
+	}
+	if bundle == nil || bundle.Sequence < s.bundle.Sequence {
+		return nil, nil, fmt.Errorf("the database went back to before bundle %d, which was published; stop the server before you restore a backup", s.bundle.Sequence)
+	}
+	return records, bundle, nil
 }
 
 // carryOut stores the outcome of the plan and returns it.
@@ -171,11 +199,15 @@ func (c *CA) carryOut(ctx context.Context, plan jwtPlan, records []*registry.Aut
 	for _, id := range deleted {
 		c.cfg.Log.Info("JWT key left the bundle", "local_authority_id", id, "type", "audit")
 	}
-	// The outcome, as a load would give it.
+	return outcome(records, put, deleted), &bundle, nil
+}
+
+// outcome is what a load gives when put was stored and deleted deleted.
+func outcome(records, put []*registry.Authority, deleted []string) []*registry.Authority {
 	out := slices.DeleteFunc(slices.Clone(records), func(r *registry.Authority) bool {
 		return slices.Contains(deleted, r.ID) || slices.ContainsFunc(put, func(p *registry.Authority) bool { return p.ID == r.ID })
 	})
-	return append(out, put...), &bundle, nil
+	return append(out, put...)
 }
 
 func newJWTRecord(seal *sealer, t KeyType, st registry.AuthorityState, now time.Time, ttl time.Duration) (*registry.Authority, crypto.PublicKey, error) {
@@ -214,20 +246,19 @@ func (c *CA) adopt(records []*registry.Authority, bundle *registry.Bundle, prev 
 		return nil, fmt.Errorf("the database belongs to the trust domain %q, but the configuration says %q; "+
 			"a trust domain cannot be renamed: set the old name again, or begin with an empty database and key folder", bundle.TrustDomain, c.cfg.TrustDomain)
 	}
-	s := &state{records: records, bundle: bundle}
-	if prev != nil {
-		s.signing = prev.signing
-	}
-	prepared := 0
+	s := &state{records: records, bundle: bundle, roots: map[string]*root{}}
+	prepared := map[registry.AuthorityKind]int{}
 	for _, r := range records {
 		var err error
-		switch {
-		case r.Kind == registry.KindX509 && r.State == registry.Active:
-			if s.root.cert != nil {
-				err = errors.New("it is a second active root")
-				break
+		if r.State == registry.Prepared {
+			if prepared[r.Kind]++; prepared[r.Kind] > 1 {
+				err = errors.New("it is a second prepared one")
 			}
-			s.root, err = c.adoptRoot(r, bundle, prev)
+		}
+		switch {
+		case err != nil:
+		case r.Kind == registry.KindX509:
+			err = c.adoptRoot(s, r, prev)
 		case r.Kind == registry.KindJWT && r.State == registry.Active:
 			if s.jwt != nil {
 				err = errors.New("it is a second active JWT key")
@@ -235,10 +266,6 @@ func (c *CA) adopt(records []*registry.Authority, bundle *registry.Bundle, prev 
 			}
 			s.jwt, err = c.adoptJWT(r, bundle)
 		case r.Kind == registry.KindJWT && r.State == registry.Prepared:
-			if prepared++; prepared > 1 {
-				err = errors.New("it is a second prepared JWT key")
-				break
-			}
 			_, err = c.adoptJWT(r, bundle) // will be needed
 		}
 		if err != nil {
@@ -248,31 +275,13 @@ func (c *CA) adopt(records []*registry.Authority, bundle *registry.Bundle, prev 
 	if s.root.cert == nil {
 		return nil, errors.New("the database has authorities but no active root; restore it from a backup")
 	}
+	if err := c.adoptCross(s.roots); err != nil {
+		return nil, err
+	}
+	if prev != nil && prev.root.id == s.root.id {
+		s.signing = prev.signing
+	}
 	return s, nil
-}
-
-func (c *CA) adoptRoot(r *registry.Authority, bundle *registry.Bundle, prev *state) (rootCA, error) {
-	cert, err := x509.ParseCertificate(r.Certificate)
-	if err != nil {
-		return rootCA{}, fmt.Errorf("parsing its certificate: %w", err)
-	}
-	if err := lint.Root(cert, c.td); err != nil {
-		return rootCA{}, fmt.Errorf("checking its certificate: %w", err)
-	}
-	if id, _, err := keyID(cert.PublicKey); err != nil || id != r.ID || id != hex.EncodeToString(cert.SubjectKeyId) {
-		return rootCA{}, errors.New("the ID and the certificate do not belong together")
-	}
-	if !slices.ContainsFunc(bundle.X509Authorities, func(a registry.X509Authority) bool { return a.Certificate.Equal(cert) }) {
-		return rootCA{}, errors.New("it is not in the bundle; restore the database from a backup")
-	}
-	if prev != nil && prev.root.cert.Equal(cert) {
-		return prev.root, nil
-	}
-	key, err := c.dir.rootKey(r.ID, cert.PublicKey)
-	if err != nil {
-		return rootCA{}, err
-	}
-	return rootCA{r.ID, cert, key}, nil
 }
 
 func (c *CA) adoptJWT(r *registry.Authority, bundle *registry.Bundle) (*jwtKey, error) {

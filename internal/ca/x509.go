@@ -171,11 +171,15 @@ func (c *CA) renewSigning() error {
 	next := *s
 	next.signing = signing
 	c.publish(&next)
-	c.cfg.Log.Info("made a new signing CA", "local_authority_id", hex.EncodeToString(signing.cert.SubjectKeyId), "expires_at", signing.cert.NotAfter, "type", "audit")
+	c.logSigning(signing)
 	if left, life := s.root.cert.NotAfter.Sub(now), s.root.cert.NotAfter.Sub(s.root.cert.NotBefore); left < life/10 {
 		c.cfg.Log.Warn("the root expires; plan its replacement", "local_authority_id", s.root.id, "expires_at", s.root.cert.NotAfter)
 	}
 	return nil
+}
+
+func (c *CA) logSigning(s *signingCA) {
+	c.cfg.Log.Info("made a new signing CA", "local_authority_id", hex.EncodeToString(s.cert.SubjectKeyId), "expires_at", s.cert.NotAfter, "type", "audit")
 }
 
 func (c *CA) newSigning(root rootCA, now time.Time) (*signingCA, error) {
@@ -204,7 +208,7 @@ func (c *CA) newSigning(root rootCA, now time.Time) (*signingCA, error) {
 	return &signingCA{cert, key, now.Add(cert.NotAfter.Sub(now) / 2)}, nil
 }
 
-func (c *CA) newRoot(key crypto.Signer, now time.Time) (*registry.Authority, *x509.Certificate, error) {
+func (c *CA) newRoot(key crypto.Signer, st registry.AuthorityState, now time.Time) (*registry.Authority, *x509.Certificate, error) {
 	id, spki, err := keyID(key.Public())
 	if err != nil {
 		return nil, nil, err
@@ -221,10 +225,14 @@ func (c *CA) newRoot(key crypto.Signer, now time.Time) (*registry.Authority, *x5
 	if err != nil {
 		return nil, nil, fmt.Errorf("making a root: %w", err)
 	}
-	return &registry.Authority{
-		ID: id, Kind: registry.KindX509, State: registry.Active, Certificate: cert.Raw, PublicKey: spki,
-		CreatedAt: now, ActivatedAt: now, ExpiresAt: cert.NotAfter,
-	}, cert, nil
+	r := &registry.Authority{
+		ID: id, Kind: registry.KindX509, State: st, Certificate: cert.Raw, PublicKey: spki,
+		CreatedAt: now, ExpiresAt: cert.NotAfter,
+	}
+	if st == registry.Active {
+		r.ActivatedAt = now
+	}
+	return r, cert, nil
 }
 
 // authorityTemplate is what root and signing CA have in common. The subject is

@@ -120,10 +120,12 @@ const (
 type AuthorityState string
 
 // An authority is prepared (published, not used), then active (signs), then old.
+// A root that has left the bundle is revoked; its record stays.
 const (
 	Prepared AuthorityState = "prepared"
 	Active   AuthorityState = "active"
 	Old      AuthorityState = "old"
+	Revoked  AuthorityState = "revoked"
 )
 
 // Authority is the server's own record of a key that signs: a trust domain root
@@ -139,4 +141,13 @@ type Authority struct {
 	CreatedAt   time.Time      `json:"created_at"`
 	ActivatedAt time.Time      `json:"activated_at,omitzero"`
 	ExpiresAt   time.Time      `json:"expires_at"`
+
+	// Cross is for roots: certificates (DER) of this root's name and key that
+	// earlier roots have signed, those of the newest first. By them whoever knows
+	// only an earlier root gets to this one. They stay when the earlier root
+	// leaves the bundle.
+	Cross [][]byte `json:"cross,omitempty"`
+	// Compromised is for revoked roots: others have the key, so what it signed,
+	// in Cross of the roots after it too, leads nowhere any more.
+	Compromised bool `json:"compromised,omitempty"`
 }

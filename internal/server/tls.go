@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,15 +23,20 @@ import (
 // the client is nobody yet.
 const maxChain = 5
 
+// maxCross is how many cross certificates the server presents: a node that was
+// off for as many rotations of the root still finds the way, and a handshake has
+// at most some ten kilobytes more, with keys of the largest kind.
+const maxCross = 4
+
 // ownSVID is what the server presents. It is made when it is asked for and
 // renewed when half of its life is over, by wall time: so it needs no timer that
 // a sleeping machine would stop. The key is new each time and stays in memory.
 type ownSVID struct {
 	cfg Config
 
-	mu       sync.Mutex // guards the fields below
-	cert     *tls.Certificate
-	certs    []*x509.Certificate
+	mu       sync.Mutex          // guards the fields below
+	cert     *tls.Certificate    // with the certificates by which who knows an earlier root gets to ours
+	certs    []*x509.Certificate // without these
 	renewAt  time.Time
 	sequence uint64 // of the bundle when it was made: another one may have other authorities
 }
@@ -66,7 +72,8 @@ func (o *ownSVID) renew(ctx context.Context, now time.Time, sequence uint64) err
 		return err
 	}
 	cert := &tls.Certificate{PrivateKey: key, Leaf: chain[0]}
-	for _, c := range chain {
+	cross := o.cfg.CA.Succession()
+	for _, c := range slices.Concat(chain, cross[:min(len(cross), maxCross)]) {
 		cert.Certificate = append(cert.Certificate, c.Raw)
 	}
 	o.cert, o.certs, o.sequence = cert, chain, sequence

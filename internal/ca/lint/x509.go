@@ -104,7 +104,38 @@ func Root(cert *x509.Certificate, trustDomainID string) error {
 	return profile(cert, ext)
 }
 
-// authority checks what root and signing CA have in common.
+// Cross checks a cross certificate of the trust domain whose ID is given: the
+// name and the key of one root, signed by an earlier one. It verifies the
+// signature, since it is kept where the signer no longer vouches for it.
+func Cross(cert *x509.Certificate, trustDomainID string, root, issuer *x509.Certificate) error {
+	ext, err := authority(cert, trustDomainID)
+	if err != nil {
+		return err
+	}
+	switch {
+	case !bytes.Equal(cert.RawSubject, root.RawSubject):
+		return violation("X509-28", "the subject is %q, want the root's %q", cert.Subject, root.Subject)
+	case !bytes.Equal(cert.RawSubjectPublicKeyInfo, root.RawSubjectPublicKeyInfo):
+		return violation("ID-28", "the public key is not the root's")
+	case !bytes.Equal(cert.SubjectKeyId, root.SubjectKeyId):
+		return violation("RFC5280-4.2.1.2", "the subject key id is not the root's")
+	case cert.MaxPathLen != -1:
+		// Below it are a signing CA and, when roots followed one another, more of its kind.
+		return violation("X509-12", "a cross certificate must have no pathLenConstraint")
+	case cert.NotBefore.Before(root.NotBefore) || cert.NotAfter.After(root.NotAfter):
+		return violation("X509-28", "valid from %s to %s, which is not within the root's %s to %s",
+			stamp(cert.NotBefore), stamp(cert.NotAfter), stamp(root.NotBefore), stamp(root.NotAfter))
+	}
+	if err := issued(cert, ext, issuer); err != nil {
+		return err
+	}
+	if err := issuer.CheckSignature(cert.SignatureAlgorithm, cert.RawTBSCertificate, cert.Signature); err != nil {
+		return violation("X509-28", "it is not signed by its issuer: %v", err)
+	}
+	return nil
+}
+
+// authority checks what roots, cross certificates and signing CAs have in common.
 func authority(cert *x509.Certificate, trustDomainID string) (*extensionSet, error) {
 	ext, err := extensions(cert)
 	if err != nil {
