@@ -41,7 +41,7 @@ func call(ctx context.Context, conn *grpc.ClientConn, method string, streaming b
 // (reference: SPIRE's policy). What is not named is for local and admin.
 var (
 	forAnyone     = []string{"Agent/AttestAgent", "Bundle/GetBundle"}
-	forAgents     = []string{"Agent/RenewAgent", "Agent/PostStatus", "Entry/GetAuthorizedEntries", "Entry/SyncAuthorizedEntries", "SVID/BatchNewX509SVID", "SVID/NewJWTSVID", "SVID/BatchNewWITSVID"}
+	forAgents     = []string{"Agent/RenewAgent", "Agent/PostStatus", "Entry/GetAuthorizedEntries", "Entry/SyncAuthorizedEntries", "Sync/Follow", "SVID/BatchNewX509SVID", "SVID/NewJWTSVID", "SVID/BatchNewWITSVID"}
 	forAgentsToo  = []string{"Bundle/GetFederatedBundle"}
 	forDownstream = []string{"SVID/NewDownstreamX509CA", "Bundle/PublishJWTAuthority", "Bundle/PublishWITAuthority"}
 	forLocal      = []string{"Logger/", "Debug/", "Health/", "Server/"}
@@ -113,15 +113,21 @@ func TestAuthorization(t *testing.T) {
 	defer until.Stop()
 	<-until.C
 
-	onNetwork := r.server.network.GetServiceInfo()
+	onNetwork, onSocket := r.server.network.GetServiceInfo(), r.server.admin.GetServiceInfo()
+	services := maps.Clone(onNetwork)
+	maps.Copy(services, onSocket)
 	methods := 0
-	for service, info := range r.server.admin.GetServiceInfo() {
+	for service, info := range services {
 		for _, m := range info.Methods {
 			method := "/" + service + "/" + m.Name
 			methods++
 			for kind, k := range kinds {
 				err := call(t.Context(), k.conn, method, m.IsClientStream || m.IsServerStream)
-				if _, served := onNetwork[service]; !served && kind != "local" {
+				_, served := onNetwork[service]
+				if kind == "local" {
+					_, served = onSocket[service]
+				}
+				if !served {
 					wantCode(t, kind+" calls "+method, err, codes.Unimplemented)
 					continue
 				}
@@ -136,7 +142,7 @@ func TestAuthorization(t *testing.T) {
 			}
 		}
 	}
-	if want := 9 + 11 + 8 + 7 + 1 + 3 + 3 + 5; methods != want {
-		t.Errorf("walked %d methods, want %d: %v", methods, want, slices.Sorted(maps.Keys(r.server.admin.GetServiceInfo())))
+	if want := 9 + 11 + 8 + 7 + 1 + 1 + 3 + 3 + 5; methods != want {
+		t.Errorf("walked %d methods, want %d: %v", methods, want, slices.Sorted(maps.Keys(services)))
 	}
 }

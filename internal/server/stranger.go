@@ -20,6 +20,8 @@ const (
 	maxStrangers    = 4096 // connections, those still in their handshake included
 	maxStrangersOf  = 512  // from one source: a whole site may be behind one address
 	maxStrangerSent = 512 << 10
+	// An attestation under way has its time, even if the connection is not new.
+	maxStrangerAge = 3*time.Minute + connectionAgeGrace
 )
 
 // strangers are the TLS credentials of the TCP port, and bound what those can
@@ -67,7 +69,10 @@ func (s *strangers) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInf
 		leave()
 		return conn, info, nil
 	}
-	return &strangerConn{Conn: conn, left: maxStrangerSent, leave: leave}, info, nil
+	// Agents' connections live for long, and silent ones would be as many as
+	// may be for as long. Nothing of a stranger's takes minutes.
+	end := time.AfterFunc(maxStrangerAge, func() { conn.Close() })
+	return &strangerConn{Conn: conn, left: maxStrangerSent, end: end, leave: leave}, info, nil
 }
 
 // enter counts a connection, until leave is called.
@@ -97,6 +102,7 @@ var errStrangerSent = errors.New("too much was sent without an SVID")
 type strangerConn struct {
 	net.Conn
 	left  int // only gRPC's reader reads
+	end   *time.Timer
 	leave func()
 }
 
@@ -110,6 +116,7 @@ func (c *strangerConn) Read(p []byte) (int, error) {
 }
 
 func (c *strangerConn) Close() error {
+	c.end.Stop()
 	defer c.leave()
 	return c.Conn.Close()
 }

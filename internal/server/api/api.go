@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 
 	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
+	syncv1 "github.com/spiffed/spiffed/internal/api/spiffed/sync/v1"
 	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/ca"
 )
@@ -87,6 +88,7 @@ type API struct {
 	copies   copies
 	seen     seen
 	bundle   atomic.Pointer[cachedBundle]
+	pushing  *pushing
 }
 
 // New returns an API.
@@ -101,6 +103,7 @@ func New(cfg Config) *API {
 		renewLimit:  newLimiter(cfg.SignRate, maxCSRs),
 		refusals:    newRefusalLog(cfg.Log),
 		launchLevel: cfg.LogLevel.Level(),
+		pushing:     newPushing(),
 	}
 	for _, v := range cfg.Verifiers {
 		a.verifiers[v.Type()] = v
@@ -117,12 +120,18 @@ func (a *API) verifierTypes() []string {
 	return types
 }
 
-// Register adds the services that are for the network.
+// Register adds the services that are for the network and for the admin socket.
 func (a *API) Register(s grpc.ServiceRegistrar) {
 	agentv1.RegisterAgentServer(s, &agentService{API: a})
 	bundlev1.RegisterBundleServer(s, &bundleService{API: a})
 	entryv1.RegisterEntryServer(s, &entryService{API: a})
 	svidv1.RegisterSVIDServer(s, &svidService{API: a})
+}
+
+// RegisterNetwork adds the services that are for the network only: on the admin
+// socket there are no agents.
+func (a *API) RegisterNetwork(s grpc.ServiceRegistrar) {
+	syncv1.RegisterSyncServer(s, &syncService{API: a})
 }
 
 // RegisterAdmin adds the services that are for the admin socket only.

@@ -61,6 +61,9 @@ var rules = flatten(map[string]map[string]Kind{
 		"MintWITSVID":         operator,
 		"NewDownstreamX509CA": Downstream,
 	},
+	"spiffed.sync.v1.Sync": {
+		"Follow": Agent,
+	},
 	"spire.api.server.debug.v1.Debug": {
 		"GetInfo": Local,
 	},

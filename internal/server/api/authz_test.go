@@ -14,6 +14,7 @@ func TestRulesAreComplete(t *testing.T) {
 	s := grpc.NewServer()
 	a := &API{}
 	a.Register(s)
+	a.RegisterNetwork(s)
 	a.RegisterAdmin(s)
 	var methods []string
 	for service, info := range s.GetServiceInfo() {

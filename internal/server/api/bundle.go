@@ -2,12 +2,14 @@ package api
 
 import (
 	"context"
+	"crypto/sha256"
+	"fmt"
 
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/protobuf/proto"
 
-	"fmt"
-
+	syncv1 "github.com/spiffed/spiffed/internal/api/spiffed/sync/v1"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -18,22 +20,37 @@ type bundleService struct {
 
 // cachedBundle is a bundle as it goes out: every agent asks for it, often.
 type cachedBundle struct {
-	of    *registry.Bundle
-	proto *types.Bundle // never changed
+	of     *registry.Bundle
+	tagged *syncv1.TaggedBundle // never changed
 }
 
-// bundleProto returns the bundle of our trust domain; it must not be changed.
-func (a *API) bundleProto() (*types.Bundle, error) {
+// ownBundle returns the bundle of our trust domain; it must not be changed.
+func (a *API) ownBundle() (*cachedBundle, error) {
 	b := a.cfg.CA.Bundle()
 	if c := a.bundle.Load(); c != nil && c.of == b {
-		return c.proto, nil
+		return c, nil
 	}
 	p, err := bundleToProto(b)
 	if err != nil {
 		return nil, fmt.Errorf("encoding the bundle: %w", err)
 	}
-	a.bundle.Store(&cachedBundle{b, p})
-	return p, nil
+	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(p)
+	if err != nil {
+		return nil, fmt.Errorf("encoding the bundle: %w", err)
+	}
+	tag := sha256.Sum256(data)
+	c := &cachedBundle{b, &syncv1.TaggedBundle{Bundle: p, Tag: tag[:]}}
+	a.bundle.Store(c)
+	return c, nil
+}
+
+// bundleProto is ownBundle without its tag.
+func (a *API) bundleProto() (*types.Bundle, error) {
+	c, err := a.ownBundle()
+	if err != nil {
+		return nil, err
+	}
+	return c.tagged.Bundle, nil
 }
 
 // GetBundle returns the bundle of our trust domain, to anyone.

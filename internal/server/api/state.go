@@ -25,13 +25,18 @@ var errNotVisible = errors.New("the change is stored, but has not taken effect i
 type State struct {
 	index *registry.Index
 
-	mu    sync.RWMutex // guards the fields below; index has a lock of its own
-	nodes map[spiffeid.ID]*node
-	ends  map[string]*registry.Entry // entries that have an end, expired or not
+	mu        sync.RWMutex // guards the fields below; index has a lock of its own
+	nodes     map[spiffeid.ID]*node
+	ends      map[string]*registry.Entry // entries that have an end, expired or not
+	lastEnd   int64                      // unix seconds, at least the latest end of those that have expired
+	followers followers
+	changed   chan struct{}
+	ready     chan struct{}
 
-	next    atomic.Int64 // unix seconds of the next end; 0: none
-	changed chan struct{}
-	ready   chan struct{}
+	nextEnd atomic.Int64 // unix seconds, at most the first end of those that have not expired; 0: none has one
+	// revision of the store that is applied. It is set when the followers have
+	// been told, and so what is read after it is never older.
+	revision atomic.Int64
 }
 
 // node is a registry.Node with what is asked of it all the time.
@@ -43,19 +48,26 @@ type node struct {
 // NewState returns an empty state, which is not ready.
 func NewState() *State {
 	return &State{
-		index:   registry.NewIndex(),
-		nodes:   map[spiffeid.ID]*node{},
-		ends:    map[string]*registry.Entry{},
-		changed: make(chan struct{}),
-		ready:   make(chan struct{}),
+		index:     registry.NewIndex(),
+		nodes:     map[spiffeid.ID]*node{},
+		ends:      map[string]*registry.Entry{},
+		followers: newFollowers(),
+		changed:   make(chan struct{}),
+		ready:     make(chan struct{}),
 	}
 }
 
 // Ready is closed when the whole registry has been applied once.
 func (s *State) Ready() <-chan struct{} { return s.ready }
 
-// Apply takes over a change; it is what Store.Watch calls.
+// Apply takes over a change; it is what Store.Watch calls. Its cost goes by the
+// change and by the followers that it concerns, not by what else there is.
 func (s *State) Apply(c registry.Change) error {
+	s.apply(c).signal()
+	return nil
+}
+
+func (s *State) apply(c registry.Change) (marks marking) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if c.Reset {
@@ -74,6 +86,7 @@ func (s *State) Apply(c registry.Change) error {
 	for _, id := range c.DeletedEntries {
 		delete(s.ends, id)
 	}
+	next := s.nextEnd.Load()
 	for _, e := range c.Entries {
 		delete(s.ends, e.ID)
 		if !e.ExpiresAt.IsZero() {
@@ -81,12 +94,24 @@ func (s *State) Apply(c registry.Change) error {
 		}
 		if e.Expired(t) {
 			deleted = append(deleted, e.ID)
-		} else {
-			put = append(put, e)
+			s.lastEnd = max(s.lastEnd, e.ExpiresAt.Unix())
+			continue
+		}
+		put = append(put, e)
+		if end := e.ExpiresAt.Unix(); !e.ExpiresAt.IsZero() && (next == 0 || end < next) {
+			next = end
 		}
 	}
-	s.index.Apply(c.Reset, put, deleted)
-	s.setNext(t)
+	s.nextEnd.Store(next)
+	if c.Reset {
+		s.index.Apply(true, put, deleted)
+		marks = s.refollowAll()
+	} else {
+		marks = s.change(put, deleted)
+		s.refollow(&marks, c)
+	}
+	marks.mark()
+	s.revision.Store(max(s.revision.Load(), c.Revision))
 	close(s.changed)
 	s.changed = make(chan struct{})
 	if c.Reset {
@@ -96,44 +121,117 @@ func (s *State) Apply(c registry.Change) error {
 			close(s.ready)
 		}
 	}
-	return nil
+	return marks
 }
 
-// setNext finds the next end of an entry. mu is held.
-func (s *State) setNext(t time.Time) {
-	var next int64
-	for _, e := range s.ends {
-		if end := e.ExpiresAt.Unix(); !e.Expired(t) && (next == 0 || end < next) {
-			next = end
+// change puts entries into the index and takes others out, and returns who is to
+// be told. mu is held.
+func (s *State) change(put []*registry.Entry, deleted []string) (marks marking) {
+	if s.followers.n == 0 || len(put)+len(deleted) == 0 {
+		s.index.Apply(false, put, deleted)
+		return nil
+	}
+	var before, after []touch
+	for _, id := range deleted {
+		if e, ok := s.index.Get(id); ok {
+			before = append(before, touch{e, true})
 		}
 	}
-	s.next.Store(next)
+	for _, e := range put {
+		old, ok := s.index.Get(e.ID)
+		step := !ok || old.SPIFFEID != e.SPIFFEID || old.ParentID != e.ParentID || e.IsAlias() && !slices.Equal(old.Selectors, e.Selectors)
+		if ok && step {
+			before = append(before, touch{old, true})
+		}
+		after = append(after, touch{e, step})
+	}
+	s.followers.gather(&marks, s.index, before)
+	s.index.Apply(false, put, deleted)
+	s.followers.gather(&marks, s.index, after)
+	return marks
 }
 
-// CheckExpiry looks at all ends again, so that an entry comes back when the
-// clock was wrong and is set back.
-func (s *State) CheckExpiry() {
+// refollow has the streams of changed nodes look at what they may have now: other
+// entries, or nothing more. mu is held.
+func (s *State) refollow(marks *marking, c registry.Change) {
+	for _, id := range c.DeletedNodes {
+		if a := s.followers.agents[id]; a != nil {
+			marks.add(slices.Clone(a.streams), []string{})
+			a.instances, a.copied = nil, false // whoever attests next begins anew
+			s.forget(id)
+		}
+	}
+	for _, n := range c.Nodes {
+		a := s.followers.agents[n.ID]
+		if a == nil {
+			continue
+		}
+		for _, f := range a.streams {
+			ids := []string{} // it may be banned, or another SVID be in use
+			if selectors := s.nodes[n.ID].selectors; !slices.Equal(selectors, f.selectors) {
+				s.followers.setSelectors(f, selectors)
+				ids = nil
+			}
+			marks.add([]*follower{f}, ids)
+		}
+	}
+}
+
+// refollowAll is refollow when everything may have changed.
+func (s *State) refollowAll() (marks marking) {
+	for id, a := range s.followers.agents {
+		if n, ok := s.nodes[id]; ok {
+			for _, f := range a.streams {
+				s.followers.setSelectors(f, n.selectors)
+			}
+		}
+		marks.add(slices.Clone(a.streams), nil)
+		s.forget(id)
+	}
+	return marks
+}
+
+// CheckExpiry takes entries out whose end has come, and puts those back whose end
+// is to come again, because the clock was wrong and is set back.
+func (s *State) CheckExpiry() { s.checkExpiry().signal() }
+
+func (s *State) checkExpiry() (marks marking) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	t := now()
+	if next := s.nextEnd.Load(); t.Unix() >= s.lastEnd && (next == 0 || t.Unix() < next) {
+		return nil
+	}
 	var put []*registry.Entry
 	var deleted []string
+	var next, last int64
 	for id, e := range s.ends {
 		_, in := s.index.Get(id)
-		switch {
-		case in && e.Expired(t):
-			deleted = append(deleted, id)
-		case !in && !e.Expired(t):
+		end := e.ExpiresAt.Unix()
+		if e.Expired(t) {
+			last = max(last, end)
+			if in {
+				deleted = append(deleted, id)
+			}
+			continue
+		}
+		if next == 0 || end < next {
+			next = end
+		}
+		if !in {
 			put = append(put, e)
 		}
 	}
-	s.index.Apply(false, put, deleted)
-	s.setNext(t)
+	marks = s.change(put, deleted)
+	marks.mark()
+	s.lastEnd = last
+	s.nextEnd.Store(next)
+	return marks
 }
 
 // live returns the index without entries that have expired by now.
 func (s *State) live() *registry.Index {
-	if next := s.next.Load(); next != 0 && time.Now().Unix() >= next {
+	if next := s.nextEnd.Load(); next != 0 && time.Now().Unix() >= next {
 		s.CheckExpiry()
 	}
 	return s.index
