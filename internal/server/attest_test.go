@@ -150,7 +150,7 @@ func TestAttestRefuses(t *testing.T) {
 		text         string
 	}{
 		"no type":              {"", token, csr, codes.InvalidArgument, "attestation type"},
-		"unknown type":         {"tpm_devid", token, csr, codes.InvalidArgument, `"tpm_devid" is not known; this server has ask, join_token`},
+		"unknown type":         {"tpm_devid", token, csr, codes.InvalidArgument, `"tpm_devid" is not known; this server has ask, join_token, spiffed_key`},
 		"no payload":           {"join_token", "", csr, codes.InvalidArgument, "payload is 0 bytes"},
 		"huge payload":         {"join_token", strings.Repeat("a", 65<<10), csr, codes.InvalidArgument, "payload is 66560 bytes"},
 		"no CSR":               {"join_token", token, nil, codes.InvalidArgument, "CSR"},

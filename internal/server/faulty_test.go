@@ -19,6 +19,7 @@ type faultyStore struct {
 	beforePut func(*registry.Node) // runs before a node is stored
 	beforeDel func()               // runs before a node is deleted
 	watchErr  error                // ends the watch, with its next change at the latest
+	putErr    error                // not nil: no node can be stored
 }
 
 func (f *faultyStore) Watch(ctx context.Context, apply func(registry.Change) error) error {
@@ -41,8 +42,11 @@ func (f *faultyStore) Watch(ctx context.Context, apply func(registry.Change) err
 
 func (f *faultyStore) PutNode(ctx context.Context, n *registry.Node) (*registry.Node, error) {
 	f.mu.Lock()
-	before := f.beforePut
+	before, err := f.beforePut, f.putErr
 	f.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
 	if before != nil {
 		before(n)
 	}
@@ -71,6 +75,13 @@ func (f *faultyStore) failWatch(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.watchErr = err
+}
+
+// failPut has every write of a node fail; nil: no more.
+func (f *faultyStore) failPut(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.putErr = err
 }
 
 // onPut has f run before a node is stored; nil: nothing.

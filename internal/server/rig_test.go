@@ -30,6 +30,7 @@ import (
 
 	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
 	"github.com/spiffed/spiffed/internal/attest/jointoken"
+	"github.com/spiffed/spiffed/internal/attest/lastkey"
 	"github.com/spiffed/spiffed/internal/ca"
 	"github.com/spiffed/spiffed/internal/registry"
 	"github.com/spiffed/spiffed/internal/store"
@@ -117,14 +118,15 @@ func newRig(t testing.TB, change ...func(*Config)) *rig {
 	level := &slog.LevelVar{}
 	r.cfg = Config{
 		TrustDomain: td, Listen: "127.0.0.1:0", Advertise: []string{"server.example.org:8081"},
-		AdminIDs: []spiffeid.ID{id("/admin")},
-		Store:    r.store, CA: r.ca, Tokens: testTokens(r.ca), Version: "test", LogLevel: level,
+		AdminIDs: []spiffeid.ID{id("/admin")}, RejoinWindow: 30 * 24 * time.Hour,
+		Store: r.store, CA: r.ca, Tokens: testTokens(r.ca), Version: "test", LogLevel: level,
 		Log: slog.New(slog.NewJSONHandler(r.logs, &slog.HandlerOptions{Level: level})),
 	}
 	for _, f := range change {
 		f(&r.cfg)
 	}
-	r.cfg.Verifiers = append(r.cfg.Verifiers, jointoken.NewVerifier(jointoken.Config{TrustDomain: td, Store: r.store, Log: r.cfg.Log}))
+	r.cfg.Verifiers = append(r.cfg.Verifiers, jointoken.NewVerifier(jointoken.Config{TrustDomain: td, Store: r.store, Log: r.cfg.Log}),
+		lastkey.NewVerifier(lastkey.Config{TrustDomain: td, Store: r.store}))
 	r.start()
 	t.Cleanup(func() { r.stop() })
 	r.admin, err = grpc.NewClient("unix:"+r.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))

@@ -158,13 +158,22 @@ func TestRenewedKey(t *testing.T) {
 	if _, err := redeem(t, v, token.String(), current); !errors.Is(err, attest.ErrRefused) {
 		t.Errorf("before the renewal: %v, want ErrRefused", err)
 	}
-	store.nodes[res.AgentID] = registry.Node{ID: res.AgentID, KeyHash: hashKey(t, current), NextKeyHash: hashKey(t, next)}
+	if res.Known {
+		t.Error("a first redemption is for a node that is known")
+	}
+	previous := newKey(t)
+	store.nodes[res.AgentID] = registry.Node{ID: res.AgentID, KeyHash: hashKey(t, current), NextKeyHash: hashKey(t, next), PreviousKeyHash: hashKey(t, previous)}
 	for _, key := range []*ecdsa.PublicKey{current, next} {
-		if again, err := redeem(t, v, token.String(), key); err != nil || again.AgentID != res.AgentID {
-			t.Errorf("a key of the node: %v, %v", again, err)
+		if again, err := redeem(t, v, token.String(), key); err != nil || again.AgentID != res.AgentID || !again.Known {
+			t.Errorf("a key of the node: %+v, %v", again, err)
 		}
 	}
-	if _, err := redeem(t, v, token.String(), stranger); !errors.Is(err, attest.ErrRefused) {
+	var copied *attest.Refusal
+	if _, err := redeem(t, v, token.String(), previous); !errors.As(err, &copied) || copied.Reason != attest.Copied || copied.AgentID != res.AgentID || !errors.Is(err, attest.ErrRefused) {
+		t.Errorf("the key before: %v, want it known to be a copy", err)
+	}
+	copied = nil
+	if _, err := redeem(t, v, token.String(), stranger); !errors.Is(err, attest.ErrRefused) || errors.As(err, &copied) {
 		t.Errorf("a stranger's key: %v, want ErrRefused", err)
 	}
 	if _, err := redeem(t, v, token.String(), first); !errors.Is(err, attest.ErrRefused) {
