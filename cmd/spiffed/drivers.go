@@ -11,6 +11,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/spiffed/spiffed/internal/agent/cache"
 	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/attest/jointoken"
 	"github.com/spiffed/spiffed/internal/attest/unix"
@@ -42,6 +43,23 @@ func openEngine(dataDir string, maxSize int64, log *slog.Logger) (store.Engine, 
 		}
 	}
 	return bolt.Open(path, bolt.Options{MaxSize: maxSize, Log: log})
+}
+
+// maxCacheSize bounds what the agent's cache takes of the disk, in bytes: many
+// times of what the most entries need that an agent takes from a server.
+const maxCacheSize = 1 << 30
+
+// openCacheEngine opens the embedded store that the agent's cache is in. It
+// keeps no history there: what is deleted is to be gone.
+func openCacheEngine(path string, readOnly bool, log *slog.Logger) (store.Engine, error) {
+	e, err := bolt.Open(path, bolt.Options{MaxSize: maxCacheSize, History: 1, ReadOnly: readOnly, Log: log})
+	switch {
+	case errors.Is(err, bolt.ErrDamaged), errors.Is(err, bolt.ErrNewer):
+		return nil, fmt.Errorf("%w: %w", cache.ErrUnusable, err)
+	case err != nil:
+		return nil, err
+	}
+	return e, nil
 }
 
 // verifiers are the server's halves of the node attestors.

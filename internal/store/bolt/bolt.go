@@ -52,18 +52,22 @@ type Options struct {
 	// History is how many revisions are kept for watches to resume from, and
 	// for batches to be recognised when they are sent again; 0: DefaultHistory.
 	History int
+	// ReadOnly opens a store that is there to be read, and changes nothing, so
+	// that a disk which cannot be written to will do. Txn and Elect fail.
+	ReadOnly bool
 	// Log hears of what is not an error but odd; nil: nobody does.
 	Log *slog.Logger
 }
 
 // Engine is a store.Engine over one bbolt file.
 type Engine struct {
-	path    string
-	file    *os.File // owned by db
-	db      *bbolt.DB
-	maxSize int64
-	log     *slog.Logger
-	keep    history
+	path     string
+	file     *os.File // owned by db
+	db       *bbolt.DB
+	maxSize  int64
+	readOnly bool
+	log      *slog.Logger
+	keep     history
 
 	wake    chan struct{} // cap 1: there is something for the writer
 	closing chan struct{} // closed by Close
@@ -119,7 +123,7 @@ func open(path string, opts Options, verify func(*os.File) error) (*Engine, erro
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
-	f, created, err := openFile(path)
+	f, created, err := openFile(path, opts.ReadOnly)
 	if err != nil {
 		return nil, err
 	}
@@ -132,7 +136,9 @@ func open(path string, opts Options, verify func(*os.File) error) (*Engine, erro
 	if err := lock(f); err != nil {
 		return nil, err
 	}
-	removeLeftovers(path)
+	if !opts.ReadOnly {
+		removeLeftovers(path)
+	}
 
 	info, err := f.Stat()
 	if err != nil {
@@ -163,19 +169,20 @@ func open(path string, opts Options, verify func(*os.File) error) (*Engine, erro
 		return nil, err
 	}
 	e := &Engine{
-		path:    path,
-		file:    f,
-		db:      db,
-		maxSize: opts.MaxSize,
-		log:     opts.Log,
-		size:    info.Size(),
-		keep:    history{int64(opts.History), historyBytes},
-		wake:    make(chan struct{}, 1),
-		closing: make(chan struct{}),
-		stopped: make(chan struct{}),
-		changed: make(chan struct{}),
-		leases:  map[string]*election{},
-		ids:     map[string]int64{},
+		path:     path,
+		file:     f,
+		db:       db,
+		maxSize:  opts.MaxSize,
+		readOnly: opts.ReadOnly,
+		log:      opts.Log,
+		size:     info.Size(),
+		keep:     history{int64(opts.History), historyBytes},
+		wake:     make(chan struct{}, 1),
+		closing:  make(chan struct{}),
+		stopped:  make(chan struct{}),
+		changed:  make(chan struct{}),
+		leases:   map[string]*election{},
+		ids:      map[string]int64{},
 	}
 	if e.maxSize > 0 {
 		e.keep.bytes = min(historyBytes, opts.MaxSize/8)
@@ -184,8 +191,10 @@ func open(path string, opts Options, verify func(*os.File) error) (*Engine, erro
 		return nil, errors.Join(err, db.Close())
 	}
 	// Before anything is written: a run that does not end well leaves no mark.
-	if err := removeMark(path); err != nil {
-		return nil, errors.Join(err, db.Close())
+	if !opts.ReadOnly {
+		if err := removeMark(path); err != nil {
+			return nil, errors.Join(err, db.Close())
+		}
 	}
 	go e.write()
 	return e, nil
@@ -237,12 +246,14 @@ func (e *Engine) Close() error {
 		// all that is left to do. No mark: the next start verifies.
 		return release(e.file)
 	}
-	mark, err := makeMark(e.file)
-	if err == nil {
-		err = mark.write(e.path) // while the lock is still held
-	}
-	if err != nil { // a full disk: the next start takes longer
-		e.log.Warn("the store could not be marked as cleanly closed", "path", e.path, "err", err)
+	if !e.readOnly { // else it is as it was, and so is the mark
+		mark, err := makeMark(e.file)
+		if err == nil {
+			err = mark.write(e.path) // while the lock is still held
+		}
+		if err != nil { // a full disk: the next start takes longer
+			e.log.Warn("the store could not be marked as cleanly closed", "path", e.path, "err", err)
+		}
 	}
 	if err := e.db.Close(); err != nil {
 		return fmt.Errorf("closing store %q: %w", e.path, err)
@@ -250,16 +261,21 @@ func (e *Engine) Close() error {
 	return nil
 }
 
-// openFile opens the file at path, making the store first if there is none.
-func openFile(path string) (f *os.File, created bool, err error) {
-	f, err = os.OpenFile(path, os.O_RDWR, 0)
-	if errors.Is(err, fs.ErrNotExist) {
+// openFile opens the file at path, making the store first if there is none,
+// unless it is only to be read.
+func openFile(path string, readOnly bool) (f *os.File, created bool, err error) {
+	if readOnly {
+		f, err = os.OpenFile(path, os.O_RDONLY, 0)
+	} else {
+		f, err = os.OpenFile(path, os.O_RDWR, 0)
+	}
+	if errors.Is(err, fs.ErrNotExist) && !readOnly {
 		if err := create(path); err != nil {
 			return nil, false, fmt.Errorf("making it: %w", err)
 		}
 		created = true
 		f, err = os.OpenFile(path, os.O_RDWR, 0)
-	} else if err == nil {
+	} else if err == nil && !readOnly {
 		// Who made it may have been killed before its name was on the disk.
 		if err := durable.SyncDir(filepath.Dir(path)); err != nil {
 			f.Close()

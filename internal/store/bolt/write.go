@@ -20,6 +20,8 @@ const (
 	groupBytes    = 8 << 20
 )
 
+var errReadOnly = errors.New("opened to be read only")
+
 // request is a batch on its way through the writer. Its fields below done are
 // the writer's until done is closed, and the caller's afterwards.
 type request struct {
@@ -42,6 +44,9 @@ func (e *Engine) Txn(ctx context.Context, b store.Batch) (bool, int64, error) {
 	}
 	if err := ctx.Err(); err != nil {
 		return false, 0, e.wrap(err)
+	}
+	if e.readOnly {
+		return false, 0, e.wrap(errReadOnly)
 	}
 	r := newRequest(b)
 	e.mu.Lock()
