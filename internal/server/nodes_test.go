@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"strings"
 	"testing"
 	"time"
@@ -8,8 +9,51 @@ import (
 	"google.golang.org/grpc/codes"
 
 	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
+	syncv1 "github.com/spiffed/spiffed/internal/api/spiffed/sync/v1"
 	"github.com/spiffed/spiffed/internal/registry"
 )
+
+// An agent with a Follow stream is connected, for as long as it has one.
+func TestConnectedNodes(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	a := r.join("web-1")
+	client := adminv1.NewServerClient(r.admin)
+	connected := func() (uint64, bool) {
+		st, err := client.GetStatus(t.Context(), &adminv1.GetServerStatusRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		nodes, err := client.ListNodes(t.Context(), &adminv1.ListNodesRequest{})
+		if err != nil || len(nodes.Nodes) != 1 || nodes.Nodes[0].SeenAt == 0 || st.RejoinWindowSeconds != 30*24*3600 {
+			t.Fatalf("%v, %v, %v", nodes, err, st)
+		}
+		return st.Connected, nodes.Nodes[0].Connected
+	}
+	if n, is := connected(); n != 0 || is {
+		t.Errorf("before: %d, %v", n, is)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	for range 2 { // streams, of one agent
+		stream, err := syncv1.NewSyncClient(a.conn).Follow(ctx)
+		if err == nil {
+			err = stream.Send(&syncv1.FollowRequest{Request: &syncv1.FollowRequest_Hello{Hello: &syncv1.Hello{Instance: "1"}}})
+		}
+		if err == nil {
+			_, err = stream.Recv()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n, is := connected(); n != 1 || !is {
+		t.Errorf("following: %d, %v", n, is)
+	}
+	cancel()
+	for n, is := connected(); n != 0 || is; n, is = connected() { // until the server has seen it
+	}
+}
 
 func TestListNodes(t *testing.T) {
 	t.Parallel()
@@ -66,7 +110,7 @@ func TestListNodes(t *testing.T) {
 	if err != nil || st.CopiedNodes != 1 || len(st.Copied) != 1 || len(st.Problems) != 1 {
 		t.Fatalf("%v, %v", st, err)
 	}
-	for _, want := range []string{"join_token/b", "two machines", "192.0.2.9:1234", "`spiffed node evict /spire/agent/join_token/b`"} {
+	for _, want := range []string{"join_token/b", "two machines use its identity", "192.0.2.9:1234", "`spiffed node evict /spire/agent/join_token/b`"} {
 		if !strings.Contains(st.Problems[0], want) {
 			t.Errorf("no %q in %q", want, st.Problems[0])
 		}

@@ -211,6 +211,9 @@ func (s *adminService) GetStatus(ctx context.Context, _ *adminv1.GetServerStatus
 		Entries:       uint64(s.cfg.State.Entries()),
 		Pin:           s.cfg.Tokens.Pin(),
 		Problems:      s.problems(ctx),
+		Connected:     s.cfg.State.connected(),
+
+		RejoinWindowSeconds: int64(s.cfg.RejoinWindow / time.Second),
 	}
 	copied := s.cfg.State.copiedNodes()
 	resp.CopiedNodes = uint64(len(copied))

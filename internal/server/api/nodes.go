@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
 	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
@@ -53,7 +54,7 @@ func (s *adminService) ListNodes(ctx context.Context, req *adminv1.ListNodesRequ
 }
 
 func (a *API) nodeDetail(n *registry.Node) *adminv1.NodeDetail {
-	d := &adminv1.NodeDetail{Id: n.ID.String(), Address: n.Address}
+	d := &adminv1.NodeDetail{Id: n.ID.String(), Address: n.Address, Connected: a.cfg.State.follows(n.ID)}
 	if !n.SeenAt.IsZero() {
 		d.SeenAt = n.SeenAt.Unix()
 	}
@@ -61,6 +62,26 @@ func (a *API) nodeDetail(n *registry.Node) *adminv1.NodeDetail {
 		d.CopiedAt, d.CopiedAddress, d.CopiedHow = c.SeenAt.Unix(), c.Address, c.How
 	}
 	return d
+}
+
+// follows says whether an agent is told of changes as they happen, now.
+func (s *State) follows(id spiffeid.ID) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	a := s.followers.agents[id]
+	return a != nil && len(a.streams) > 0
+}
+
+// connected is how many agents are told of changes as they happen, now.
+func (s *State) connected() (n uint64) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, a := range s.followers.agents {
+		if len(a.streams) > 0 {
+			n++
+		}
+	}
+	return n
 }
 
 // copiedNodes are the nodes of which a second machine was seen, the last seen
@@ -89,7 +110,7 @@ func copyProblems(copied []*registry.Node) []string {
 		if n.Copied.Address != "" {
 			from = " from " + n.Copied.Address
 		}
-		problems = append(problems, fmt.Sprintf("node %q: two machines use its identity (%s%s, last at %s), so one of them has a copy of the other's agent.data_dir: evict it with `spiffed node evict %s`, then join each anew with a token of its own",
+		problems = append(problems, fmt.Sprintf("node %q: two machines use its identity, or its disk was set back to an old copy (%s%s, last at %s): evict it with `spiffed node evict %s`, then join each machine anew with a token of its own",
 			n.ID, n.Copied.How, from, n.Copied.SeenAt.UTC().Format(time.RFC3339), n.ID.Path()))
 	}
 	if more := len(copied) - shown; more > 0 {
