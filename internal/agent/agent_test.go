@@ -7,12 +7,14 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
+	"github.com/spiffed/spiffed/internal/clock"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -57,8 +59,25 @@ func config(t testing.TB, f *fakeServer) Config {
 		DataDir:         filepath.Join(t.TempDir(), "agent"),
 		Prover:          tokenProver(testToken),
 		Pin:             pinOf(f.ca.root),
+		Clock:           (&hostClock{}).clock(0),
 		Version:         "1.2.3",
 	}
+}
+
+// hostClock is a host's wall clock that a test can set. It goes with the time of
+// a synctest bubble, and the time since boot with that.
+type hostClock struct{ off atomic.Int64 }
+
+func (h *hostClock) set(off time.Duration) { h.off.Store(int64(off)) }
+
+// clock is the agent's on a host whose clock is off.
+func (h *hostClock) clock(off time.Duration) *clock.Clock {
+	h.set(off)
+	began := time.Now()
+	return clock.New(clock.Config{
+		Wall: func() time.Time { return time.Now().Add(time.Duration(h.off.Load())) },
+		Boot: func() time.Duration { return time.Since(began) },
+	})
 }
 
 func start(t testing.TB, f *fakeServer, cfg Config) *node {

@@ -11,6 +11,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -117,12 +118,12 @@ func verifyIssued(raw [][]byte, key crypto.Signer, td spiffeid.TrustDomain, root
 		out.roots = append(out.roots, path[len(path)-1])
 	}
 	for _, cert := range chain[1:] {
-		if !isOneOf(cert, out.roots) {
+		// One by which another root can be had as well (a cross-signed root) must
+		// not end the SVID when it ends itself.
+		early := cert.NotAfter.Before(chain[0].NotAfter) && slices.ContainsFunc(verified, func(path []*x509.Certificate) bool { return !isOneOf(cert, path) })
+		if !isOneOf(cert, out.roots) && !early {
 			out.chain = append(out.chain, cert)
 		}
-	}
-	if e := expiry(out.chain); !at.Before(e) { // an intermediate on no path could say so
-		return nil, fmt.Errorf("an intermediate certificate expired at %s%s", e.Format(time.RFC3339), clockHint(chain, at))
 	}
 	return out, nil
 }
@@ -143,13 +144,13 @@ func clockHint(certs []*x509.Certificate, at time.Time) string {
 		var off string
 		switch {
 		case cert.NotBefore.Sub(at) > time.Hour:
-			off = "is valid only from " + cert.NotBefore.UTC().Format(time.RFC3339)
+			off = "is valid only from " + stamp(cert.NotBefore)
 		case at.Sub(cert.NotAfter) > time.Hour:
-			off = "ended at " + cert.NotAfter.UTC().Format(time.RFC3339)
+			off = "ended at " + stamp(cert.NotAfter)
 		default:
 			continue
 		}
-		return fmt.Sprintf(" (a certificate %s, and this host's clock says %s: the clock may be wrong, see `timedatectl`)", off, at.UTC().Format(time.RFC3339))
+		return fmt.Sprintf(" (a certificate %s, and this host's clock says %s: the clock may be wrong, see `timedatectl`)", off, stamp(at))
 	}
 	return ""
 }
@@ -159,3 +160,5 @@ func pinOf(root *x509.Certificate) string {
 	sum := sha256.Sum256(root.RawSubjectPublicKeyInfo)
 	return "sha256:" + base64.RawURLEncoding.EncodeToString(sum[:])
 }
+
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }

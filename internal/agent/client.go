@@ -119,30 +119,55 @@ func (l *link) failed(doing string, err error) error {
 // verifyServer returns the check of a server by the roots of its trust domain:
 // X509-SVID §5, and exactly the ID of a server.
 func (a *Agent) verifyServer(roots []*x509.Certificate) func(tls.ConnectionState) error {
-	return func(cs tls.ConnectionState) error {
-		return checkServer(cs.PeerCertificates, a.cfg.TrustDomain, roots, a.now())
-	}
+	return func(cs tls.ConnectionState) error { return a.checkServer(cs.PeerCertificates, roots) }
 }
 
-// verifyNothing is for the one call that asks a server who it is.
+// verifyNothing is for the calls that ask a server who it is.
 func (a *Agent) verifyNothing(tls.ConnectionState) error { return nil }
 
+// checkServer is checkServer at the time of now. If that is not the host's own,
+// a server that is good by the host's shows by this that the other was wrong: what
+// was heard from a server whose clock has been put right since must not keep the
+// node out for ever.
+func (a *Agent) checkServer(chain, roots []*x509.Certificate) error {
+	at := a.now()
+	err := checkServer(chain, a.cfg.TrustDomain, roots, at)
+	if err == nil {
+		return nil
+	}
+	wall, possible := a.cfg.Clock.Wall()
+	if possible && wall.Sub(at).Abs() > time.Minute && checkServer(chain, a.cfg.TrustDomain, roots, wall) == nil {
+		a.log.Warn("by the server's certificate this host's clock is right after all", "wall", stamp(wall), "instead_of", stamp(at))
+		a.cfg.Clock.Heard(wall)
+		return nil
+	}
+	if problem := a.cfg.Clock.Problem(); problem != "" {
+		return fmt.Errorf("%w; %s", err, problem)
+	}
+	return err
+}
+
+// checkServer checks a server's chain, certificates by which its root follows
+// from an older one included.
 func checkServer(chain []*x509.Certificate, td spiffeid.TrustDomain, roots []*x509.Certificate, at time.Time) error {
 	if err := checkServerID(chain, td); err != nil {
 		return err
 	}
 	_, _, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(at))
 	var unknown x509.UnknownAuthorityError
-	switch hint := clockHint(chain, at); {
-	case err == nil:
+	if err == nil {
 		return nil
-	case hint != "":
-		return fmt.Errorf("its certificate does not verify: %w%s", err, hint)
-	case errors.As(err, &unknown):
-		return fmt.Errorf("its certificate is by an authority that this agent does not know: %w (a wrong server or somebody in between; or its root was replaced while this agent was away, then join again: `spiffed token create` there, `spiffed join` here)", err)
-	default:
-		return fmt.Errorf("its certificate does not verify: %w", err)
 	}
+	if hint := clockHint(chain, at); hint != "" {
+		return fmt.Errorf("its certificate does not verify: %w%s", err, hint)
+	}
+	if old := expiredRoot(chain, roots, at); old != nil {
+		return fmt.Errorf("its certificate does not verify: it is by the root %s, which ended at %s%s", pinOf(old), stamp(old.NotAfter), clockHint([]*x509.Certificate{old}, at))
+	}
+	if errors.As(err, &unknown) {
+		return &unknownRootError{err}
+	}
+	return fmt.Errorf("its certificate does not verify: %w", err)
 }
 
 // checkServerID checks who the server says it is.
@@ -246,7 +271,7 @@ func (a *Agent) eachServer(ctx context.Context, try func(addr string) error) err
 	first := a.preferred
 	for i := range a.cfg.ServerAddresses {
 		n := (first + i) % len(a.cfg.ServerAddresses)
-		err := try(a.cfg.ServerAddresses[n])
+		err := a.explain(ctx, a.cfg.ServerAddresses[n], try(a.cfg.ServerAddresses[n]))
 		if !isAway(err) {
 			a.preferred = n
 			return err
@@ -273,7 +298,7 @@ func (a *Agent) connect(addr string) (*link, error) {
 	cert := &tls.Certificate{Certificate: rawChain(id.chain), PrivateKey: id.key, Leaf: id.chain[0]}
 	l, err := a.dial(addr, cert, func(cs tls.ConnectionState) error {
 		// The roots of this moment: a connection may outlive a root.
-		return checkServer(cs.PeerCertificates, a.cfg.TrustDomain, a.identity().bundle.X509Roots(), a.now())
+		return a.checkServer(cs.PeerCertificates, a.identity().bundle.X509Roots())
 	})
 	if err != nil {
 		return nil, err

@@ -25,15 +25,46 @@ var errNoProver = errors.New("there is nothing to prove this node with: `spiffed
 // maxChallenges bounds the rounds of an attestation.
 const maxChallenges = 16
 
-// enrol proves to a server what this node is, with the key that is stored. The
-// server binds the proof to the key, so a repeat needs the same one (or the one
-// of the last renewal, which it is then), be it after a lost reply or after
-// months; it is on the disk before the first message leaves.
-func (a *Agent) enrol(ctx context.Context) error {
+// enrol gets this node in, or in again: by the key that its server knows it by,
+// if it was in before, or else by the Prover. why is what the server said about
+// the identity in use. (rejoin.go has the first way.)
+func (a *Agent) enrol(ctx context.Context, why reason) error {
+	id := a.identity()
+	switch {
+	case a.cfg.Rejoin == nil, id == nil, len(id.chain) == 0:
+		return a.prove(ctx)
+	case why == notAttested, why == mustProve, id.reattestable && a.cfg.Prover != nil:
+		// The server has forgotten the key, or wants to be shown more than that.
+		return a.prove(ctx)
+	}
+	byKey := a.rejoin(ctx)
+	switch {
+	case byKey == nil, reasonOf(byKey) == banned:
+		return byKey
+	case isAway(byKey) && !(isUntrusted(byKey) && a.anchorIsNew()):
+		return byKey
+	}
+	// A SPIRE server does not know this way; a spiffed server may have its
+	// reasons, and the operator another token.
+	err := a.prove(ctx)
+	switch {
+	case err == nil, reasonOf(err) == banned:
+		return err
+	case isAway(err):
+		return fmt.Errorf("%w (and before that: %v)", err, byKey) // %v: nothing is decided
+	}
+	return fmt.Errorf("%w; %w", byKey, err)
+}
+
+// prove proves to a server what this node is by the Prover, with the key that is
+// stored. The server binds the proof to the key, so a repeat needs the same one
+// (or the one of the last renewal, which it is then), be it after a lost reply or
+// after months; it is on the disk before the first message leaves.
+func (a *Agent) prove(ctx context.Context) error {
 	id := a.identity()
 	if a.cfg.Prover == nil {
-		if id != nil && len(id.chain) > 0 && !id.usable(a.now()) {
-			return fmt.Errorf("the identity of %q expired at %s: %w", id.agentID, expiry(id.chain).Format(time.RFC3339), errNoProver)
+		if id != nil && len(id.chain) > 0 && a.cfg.Rejoin == nil && !id.usable(a.now()) {
+			return fmt.Errorf("the identity of %q expired at %s: %w", id.agentID, stamp(expiry(id.chain)), errNoProver)
 		}
 		return errNoProver
 	}
@@ -57,7 +88,7 @@ func (a *Agent) attest(ctx context.Context, key crypto.Signer) error {
 	return a.eachServer(ctx, func(addr string) error {
 		id := a.identity()
 		if len(id.chain) > 0 {
-			err := a.attestTo(ctx, addr, key, id.bundle.X509Roots(), id.anchor)
+			err := a.attestTo(ctx, addr, a.cfg.Prover, key, id.bundle.X509Roots(), id.anchor)
 			if !isUntrusted(err) || !a.anchorIsNew() {
 				return err
 			}
@@ -71,7 +102,7 @@ func (a *Agent) attest(ctx context.Context, key crypto.Signer) error {
 				return err
 			}
 		}
-		return a.attestTo(ctx, addr, key, roots, a.anchor)
+		return a.attestTo(ctx, addr, a.cfg.Prover, key, roots, a.anchor)
 	})
 }
 
@@ -113,7 +144,7 @@ func (a *Agent) pinnedRoot(ctx context.Context, addr string) ([]*x509.Certificat
 			continue
 		}
 		roots := []*x509.Certificate{root}
-		if err := checkServer(chain, a.cfg.TrustDomain, roots, a.now()); err != nil {
+		if err := a.checkServer(chain, roots); err != nil {
 			return nil, &untrustedError{fmt.Errorf("server %q has the root that the pin %q names in its bundle, but does not prove to be below it: %w", addr, a.cfg.Pin, err)}
 		}
 		return roots, nil
@@ -121,15 +152,15 @@ func (a *Agent) pinnedRoot(ctx context.Context, addr string) ([]*x509.Certificat
 	return nil, &untrustedError{fmt.Errorf("server %q does not show the root that the pin %q names: it is another server, somebody is in between, or the join string is of another server; nothing was sent to it", addr, a.cfg.Pin)}
 }
 
-// attestTo runs the attestation with the server at addr, verified by roots,
-// and stores the outcome.
-func (a *Agent) attestTo(ctx context.Context, addr string, key crypto.Signer, roots []*x509.Certificate, anchor string) error {
-	payload, err := a.cfg.Prover.Payload(ctx)
+// attestTo runs the attestation by prover with the server at addr, verified by
+// roots, and stores the outcome. The key is on the disk.
+func (a *Agent) attestTo(ctx context.Context, addr string, prover attest.Prover, key crypto.Signer, roots []*x509.Certificate, anchor string) error {
+	payload, err := prover.Payload(ctx)
 	if err == nil && len(payload) == 0 {
 		err = errors.New("it is empty")
 	}
 	if err != nil {
-		return fmt.Errorf("making the %q proof of this node: %w", a.cfg.Prover.Type(), err)
+		return fmt.Errorf("making the %q proof of this node: %w", prover.Type(), err)
 	}
 	csr, err := makeCSR(key)
 	if err != nil {
@@ -140,9 +171,9 @@ func (a *Agent) attestTo(ctx context.Context, addr string, key crypto.Signer, ro
 		return err
 	}
 	defer l.close()
-	result, err := a.converse(ctx, l, payload, csr)
+	result, err := a.converse(ctx, l, prover, payload, csr)
 	if err != nil {
-		return l.failed("attesting by "+a.cfg.Prover.Type(), err)
+		return l.failed("attesting by "+prover.Type(), err)
 	}
 	old := a.identity()
 	next := &identity{
@@ -162,9 +193,7 @@ func (a *Agent) attestTo(ctx context.Context, addr string, key crypto.Signer, ro
 		early := *next
 		early.agentID, early.chain = svid.id, svid.chain
 		early.bundle = &registry.Bundle{TrustDomain: a.cfg.TrustDomain, X509Authorities: authorities(roots)}
-		if err := a.adopt(&early, &fetchedBundle{bundle: early.bundle}); err != nil {
-			return err
-		}
+		a.adopt(&early, &fetchedBundle{bundle: early.bundle})
 	}
 	fetched, err := a.fetchBundle(ctx, l, nil)
 	if err != nil {
@@ -172,22 +201,19 @@ func (a *Agent) attestTo(ctx context.Context, addr string, key crypto.Signer, ro
 	}
 	svid, err := a.checkAgentSVID(result.Svid, key, fetched.bundle.X509Roots())
 	if err != nil {
-		return fmt.Errorf("attesting by %s: server %q: the SVID it gave this agent is not good: %w", a.cfg.Prover.Type(), addr, err)
+		return fmt.Errorf("attesting by %s: server %q: the SVID it gave this agent is not good: %w", prover.Type(), addr, err)
 	}
 	next.agentID, next.chain, next.bundle = svid.id, svid.chain, fetched.bundle
-	if err := a.adopt(next, fetched); err != nil {
-		return err
-	}
-	a.log.Info("attested", "type", "audit", "agent_id", next.agentID, "attestor", a.cfg.Prover.Type(), "address", addr,
+	a.adopt(next, fetched)
+	a.log.Info("attested", "type", "audit", "agent_id", next.agentID, "attestor", prover.Type(), "address", addr,
 		"serial_num", next.chain[0].SerialNumber.String(), "expires_at", expiry(next.chain))
 	return nil
 }
 
-// adopt makes id the identity in use.
-func (a *Agent) adopt(id *identity, bundle *fetchedBundle) error {
-	if err := a.setIdentity(id); err != nil {
-		return err
-	}
+// adopt makes id, whose key is on the disk, the identity in use.
+func (a *Agent) adopt(id *identity, bundle *fetchedBundle) {
+	a.holdIdentity(id)
+	a.cfg.Clock.Raise(id.chain[0].NotBefore)
 	a.bundle = bundle
 	a.renewAt = renewalTime(id.obtainedAt, expiry(id.chain))
 	a.renewRetry.reset()
@@ -195,11 +221,10 @@ func (a *Agent) adopt(id *identity, bundle *fetchedBundle) error {
 	a.mu.Lock()
 	a.renewErr = nil
 	a.mu.Unlock()
-	return nil
 }
 
 // converse is the wire side of an attestation.
-func (a *Agent) converse(ctx context.Context, l *link, payload, csr []byte) (*agentv1.AttestAgentResponse_Result, error) {
+func (a *Agent) converse(ctx context.Context, l *link, prover attest.Prover, payload, csr []byte) (*agentv1.AttestAgentResponse_Result, error) {
 	ctx, cancel := context.WithCancel(ctx) // ends the stream on every way out
 	defer cancel()
 	stream, err := l.agent.AttestAgent(ctx)
@@ -213,7 +238,7 @@ func (a *Agent) converse(ctx context.Context, l *link, payload, csr []byte) (*ag
 		return nil
 	}
 	err = send(&agentv1.AttestAgentRequest{Step: &agentv1.AttestAgentRequest_Params_{Params: &agentv1.AttestAgentRequest_Params{
-		Data:   &types.AttestationData{Type: a.cfg.Prover.Type(), Payload: payload},
+		Data:   &types.AttestationData{Type: prover.Type(), Payload: payload},
 		Params: &agentv1.AgentX509SVIDParams{Csr: csr},
 	}}})
 	if err != nil {
@@ -237,7 +262,7 @@ func (a *Agent) converse(ctx context.Context, l *link, payload, csr []byte) (*ag
 			var response []byte
 			binding, err := bindingOf(stream.Context())
 			if err == nil {
-				response, err = a.cfg.Prover.Respond(ctx, step.Challenge, binding)
+				response, err = prover.Respond(ctx, step.Challenge, binding)
 			}
 			if err != nil {
 				return nil, fmt.Errorf("answering the server's challenge: %w", err)
@@ -287,6 +312,7 @@ func (a *Agent) checkAgentSVID(svid *types.X509SVID, key crypto.Signer, roots []
 // returned only if it says that the agent is no longer welcome; everything
 // else leaves the SVID in use as it is, and is tried again.
 func (a *Agent) renewIfDue(ctx context.Context) error {
+	a.storeAgain()
 	if a.now().Before(a.nextRenewal()) {
 		return nil
 	}
@@ -317,23 +343,15 @@ func (a *Agent) nextRenewal() time.Time {
 // renew gets a new SVID for a new key. The key is on the disk before the call,
 // so that one whose answer is lost is repeated with the same key.
 func (a *Agent) renew(ctx context.Context) error {
+	key, err := a.renewalKey()
+	if err != nil {
+		return err
+	}
 	id := a.identity()
-	if id.pendingKey == nil {
-		key, err := newKey("ec-p256")
-		if err != nil {
-			return fmt.Errorf("making the agent's next key: %w", err)
-		}
-		next := *id
-		next.pendingKey = key
-		if err := a.setIdentity(&next); err != nil {
-			return err
-		}
-		id = &next
-	}
 	if id.reattestable && a.cfg.Prover != nil {
-		return a.attest(ctx, id.pendingKey)
+		return a.attest(ctx, key)
 	}
-	csr, err := makeCSR(id.pendingKey)
+	csr, err := makeCSR(key)
 	if err != nil {
 		return fmt.Errorf("renewing the agent's SVID: %w", err)
 	}
@@ -344,7 +362,7 @@ func (a *Agent) renew(ctx context.Context) error {
 		if err != nil {
 			return l.failed("renewing the agent's SVID", err)
 		}
-		svid, err := a.checkAgentSVID(resp.Svid, id.pendingKey, a.bundle.bundle.X509Roots())
+		svid, err := a.checkAgentSVID(resp.Svid, key, a.bundle.bundle.X509Roots())
 		if err == nil && svid.id != id.agentID {
 			err = fmt.Errorf("it is for %q, not for this agent, %q", svid.id, id.agentID)
 		}
@@ -352,17 +370,53 @@ func (a *Agent) renew(ctx context.Context) error {
 			return fmt.Errorf("renewing the agent's SVID: server %q: what it gave is not good: %w", l.addr, err)
 		}
 		next := *id
-		next.key, next.pendingKey = id.pendingKey, nil
 		next.chain, next.obtainedAt = svid.chain, a.now()
-		if err := a.setIdentity(&next); err != nil {
-			return err
+		if sameKey(key.Public(), id.key) {
+			a.holdIdentity(&next)
+		} else {
+			next.key, next.pendingKey = key, nil
+			// Not used before it is stored: the first use ends the SVID before,
+			// and a restart would be with its key.
+			if err := a.setIdentity(&next); err != nil {
+				a.storeFailed(err)
+				return err
+			}
 		}
+		a.cfg.Clock.Raise(next.chain[0].NotBefore)
 		a.renewAt = renewalTime(next.obtainedAt, expiry(next.chain))
 		a.log.Info("renewed the agent's SVID", "agent_id", next.agentID, "serial_num", next.chain[0].SerialNumber.String(), "expires_at", expiry(next.chain))
 		return nil
 	})
 	if reasonOf(err) == mustProve {
-		return a.enrol(ctx)
+		return a.prove(ctx)
 	}
 	return err
+}
+
+// renewalKey is the key to renew with: a new one, which is on the disk. If the
+// disk takes nothing and the SVID in use comes to its end, it is the key that the
+// node has: better than none, and the one that is on the disk.
+func (a *Agent) renewalKey() (crypto.Signer, error) {
+	id := a.identity()
+	if id.pendingKey != nil && a.storeProblem() == nil {
+		return id.pendingKey, nil
+	}
+	next := *id
+	if next.pendingKey == nil {
+		key, err := newKey("ec-p256")
+		if err != nil {
+			return nil, fmt.Errorf("making the agent's next key: %w", err)
+		}
+		next.pendingKey = key
+	}
+	err := a.setIdentity(&next)
+	if err == nil {
+		return next.pendingKey, nil
+	}
+	a.storeFailed(err)
+	end := expiry(id.chain)
+	if left := end.Sub(a.now()); left > end.Sub(id.obtainedAt)/3 {
+		return nil, fmt.Errorf("storing the agent's next key: %w", err)
+	}
+	return id.key, nil
 }

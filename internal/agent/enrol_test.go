@@ -329,7 +329,7 @@ func TestRejoin(t *testing.T) {
 		second.set(func() { second.stranger = true })
 		n = start(t, second, cfg)
 		time.Sleep(time.Minute)
-		if s := n.status(); !strings.Contains(s.LastError, "join again: `spiffed token create` there, `spiffed join` here") {
+		if s := n.status(); !strings.Contains(s.LastError, "join again: `spiffed token create` on the server, then `spiffed join STRING` here") {
 			t.Errorf("status %v", s)
 		}
 		n.stop()

@@ -183,6 +183,58 @@ func (id *identity) save(path string) error {
 	return nil
 }
 
+// holdIdentity uses id, and writes it to the disk if that can be. Its key, or the
+// next one, is there already: so after a restart the node is known by it.
+func (a *Agent) holdIdentity(id *identity) {
+	err := a.save(id)
+	a.useIdentity(id, err)
+	if err != nil {
+		a.storeFailed(err)
+	}
+}
+
+// useIdentity uses id from now on. storeErr is why it is not on the disk.
+func (a *Agent) useIdentity(id *identity, storeErr error) {
+	a.mu.Lock()
+	before := a.storeErr
+	a.id = id
+	if storeErr == nil {
+		a.storeErr = nil
+	}
+	a.mu.Unlock()
+	if before != nil && storeErr == nil {
+		a.log.Info("the agent's identity is on the disk again", "path", a.path)
+	}
+}
+
+// storeFailed notes that the disk did not take the identity, and logs it when
+// it is news.
+func (a *Agent) storeFailed(err error) {
+	a.mu.Lock()
+	before := a.storeErr
+	a.storeErr = err
+	a.mu.Unlock()
+	a.storeRetry.at = a.now().Add(a.storeRetry.next())
+	if before == nil {
+		a.log.Error("the agent's identity cannot be stored; it goes on from memory, and after a restart by its key", "err", err)
+	}
+}
+
+// storeProblem is why the identity in use is not on the disk as it is.
+func (a *Agent) storeProblem() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.storeErr
+}
+
+// storeAgain writes what the disk has not taken before, now and then.
+func (a *Agent) storeAgain() {
+	if a.storeProblem() == nil || a.now().Before(a.storeRetry.due(a.now())) {
+		return
+	}
+	a.holdIdentity(a.identity())
+}
+
 // setAside renames a file that cannot be used, so that nothing is lost, and
 // returns the new name.
 func setAside(path string) (string, error) {
