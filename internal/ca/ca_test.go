@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -28,7 +29,7 @@ type memJournal struct {
 	mu        sync.Mutex
 	records   map[string]*registry.Authority
 	bundle    *registry.Bundle
-	published map[string]time.Time // key ID to when a stored bundle first had it
+	published map[string]time.Time // key ID, or a root's ID, to when a stored bundle first had it
 	saves     int
 
 	before, after func() error // faults of SaveAuthorities: nothing stored, stored
@@ -76,10 +77,37 @@ func (j *memJournal) SaveAuthorities(ctx context.Context, put []*registry.Author
 		}
 		delete(j.records, id)
 	}
+	var inBundle []string
+	for _, a := range bundle.X509Authorities {
+		inBundle = append(inBundle, hex.EncodeToString(a.Certificate.SubjectKeyId))
+	}
 	for _, r := range put {
+		if _, known := j.published[r.ID]; r.Kind == registry.KindX509 && r.State == registry.Active && j.bundle != nil && !known {
+			j.t.Errorf("root %s is active and was in no bundle before", r.ID)
+		}
 		j.records[r.ID] = r
 	}
+	active := 0
+	for _, r := range j.records {
+		if r.Kind != registry.KindX509 {
+			continue
+		}
+		if r.State == registry.Active {
+			active++
+		}
+		if in := slices.Contains(inBundle, r.ID); in != (r.State != registry.Revoked) {
+			j.t.Errorf("root %s is %s; in the bundle: %t", r.ID, r.State, in)
+		}
+	}
+	if active != 1 {
+		j.t.Errorf("%d active roots", active)
+	}
 	now := time.Now()
+	for _, id := range inBundle {
+		if _, ok := j.published[id]; !ok {
+			j.published[id] = now
+		}
+	}
 	for _, a := range bundle.JWTAuthorities {
 		if _, ok := j.published[a.KeyID]; !ok {
 			j.published[a.KeyID] = now

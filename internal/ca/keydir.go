@@ -212,8 +212,7 @@ func (d *keyDir) settle() error {
 
 // rootKey returns the private key of the root authority with that ID and public
 // key. If the creation was interrupted after the record was stored, it takes the
-// last step: the pending key gets its name, and keeps the other one until
-// dropPending.
+// last step: the pending key gets its name.
 func (d *keyDir) rootKey(id string, pub crypto.PublicKey) (crypto.Signer, error) {
 	name := rootKeyFile(id)
 	key, err := d.readKey(name)
@@ -228,6 +227,7 @@ func (d *keyDir) rootKey(id string, pub crypto.PublicKey) (crypto.Signer, error)
 				return nil, err
 			}
 			key, err = pending, nil
+			_ = d.dropPending() // if it stays, it is not taken for a new one, and Open tries again
 		}
 	}
 	switch {

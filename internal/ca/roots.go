@@ -93,11 +93,7 @@ func (c *CA) PrepareRoot(ctx context.Context) (AuthorityStatus, error) {
 	}
 	c.cfg.Log.Info("prepared a root", "local_authority_id", out.ID, "expires_at", out.ExpiresAt, "type", "audit")
 	// The record is stored: what is left to do, ActivateRoot and Open do as well.
-	if c.tidyKeys(c.state.Load()) {
-		if err := c.dir.dropPending(); err != nil {
-			c.cfg.Log.Error("the prepared root's key has a second name", "err", err)
-		}
-	}
+	c.tidyKeys(c.state.Load())
 	return out, nil
 }
 

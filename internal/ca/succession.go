@@ -13,11 +13,14 @@ import (
 )
 
 // Succession returns the certificates by which whoever trusts only an earlier
-// root gets to the active one: the active root as certified by earlier ones,
-// those as certified by still earlier ones, and so on. They are intermediates,
-// to be presented after the signing CA. Those that are nearest to the active
-// root come first, so a list that is cut short still leads to it. There are none
-// by roots that have expired or are compromised, or by way of such.
+// root gets to the active one: the active root as certified by the one before,
+// that as certified by the one before it, and so on. They are intermediates, to
+// be presented in this order after the signing CA; a list that is cut short is
+// good for the roots that it reaches. A root that has expired or is compromised
+// is passed over, if the one after it was certified by a still earlier one.
+//
+// There is one way only, although there may be others: OpenSSL takes the first
+// issuer that fits and does not come back when it leads nowhere.
 func (c *CA) Succession() []*x509.Certificate {
 	s := c.state.Load()
 	return succession(s.roots, s.root.id, wallNow())
@@ -25,16 +28,18 @@ func (c *CA) Succession() []*x509.Certificate {
 
 func succession(roots map[string]*root, active string, now time.Time) []*x509.Certificate {
 	var out []*x509.Certificate
-	reached := map[string]bool{active: true}
-	for next := []string{active}; len(next) > 0; next = next[1:] {
-		for _, cert := range roots[next[0]].cross {
+	reached := map[string]bool{}
+	for id := active; id != ""; {
+		reached[id] = true
+		at := id
+		id = ""
+		for _, cert := range roots[at].cross {
 			issuer := hex.EncodeToString(cert.AuthorityKeyId)
 			if reached[issuer] || roots[issuer].Compromised || now.Before(cert.NotBefore) || !now.Before(cert.NotAfter) {
 				continue
 			}
-			reached[issuer] = true
-			out = append(out, cert)
-			next = append(next, issuer)
+			out, id = append(out, cert), issuer
+			break
 		}
 	}
 	return out
@@ -42,8 +47,8 @@ func succession(roots map[string]*root, active string, now time.Time) []*x509.Ce
 
 // crossSign has a new root certified by every earlier one that is valid, not
 // tainted, and there with its key. The active one comes first, then the others
-// from the newest on: where one in between turns out to be compromised, those
-// before it do not lead by way of it.
+// from the newest on: where one in between turns out to be compromised, there is
+// a way past it.
 func (c *CA) crossSign(s *state, cert *x509.Certificate, now time.Time) ([][]byte, error) {
 	signers := []rootCA{s.root}
 	var old []*root

@@ -248,3 +248,50 @@ func TestSigningCA(t *testing.T) {
 		})
 	}
 }
+
+var (
+	nextKey = newKey()
+	next    = must(x509.ParseCertificate(sign(nextTemplate(), nextTemplate(), nextKey, nextKey)))
+)
+
+// nextTemplate is a root that follows, and ends after the one before.
+func nextTemplate() *x509.Certificate {
+	c := rootTemplate()
+	c.Subject.CommonName, c.SubjectKeyId, c.NotAfter = "next", []byte("next"), root.NotAfter.Add(time.Hour)
+	return c
+}
+
+func TestCross(t *testing.T) {
+	tests := append(authorityTests,
+		certTest{name: "path length 0", rule: "X509-12", tmpl: func(c *x509.Certificate) { c.MaxPathLenZero = true }},
+		certTest{name: "path length 1", rule: "X509-12", tmpl: func(c *x509.Certificate) { c.MaxPathLen = 1 }},
+		certTest{name: "another subject", rule: "X509-28", tmpl: func(c *x509.Certificate) { c.Subject.CommonName = "other" }},
+		certTest{name: "the issuer's subject", rule: "X509-28", tmpl: func(c *x509.Certificate) { c.Subject = root.Subject; c.AuthorityKeyId = []byte("root") }},
+		certTest{name: "another key", rule: "ID-28", after: func(c *x509.Certificate) { c.RawSubjectPublicKeyInfo = root.RawSubjectPublicKeyInfo }},
+		certTest{name: "another subject key id", rule: "RFC5280-4.2.1.2", tmpl: func(c *x509.Certificate) { c.SubjectKeyId = []byte("other") }},
+		certTest{name: "another issuer", rule: "X509-28", after: func(c *x509.Certificate) { c.RawIssuer = signing.RawSubject }},
+		certTest{name: "no authority key id", rule: "RFC5280-4.2.1.1", after: func(c *x509.Certificate) { c.AuthorityKeyId = nil }},
+		certTest{name: "outlives the issuer", rule: "X509-28", tmpl: func(c *x509.Certificate) { c.NotAfter = root.NotAfter.Add(time.Second) }},
+		certTest{name: "outlives the root", rule: "X509-28", tmpl: func(c *x509.Certificate) { c.NotAfter = next.NotAfter.Add(time.Second) }},
+		certTest{name: "older than the root", rule: "X509-28", tmpl: func(c *x509.Certificate) { c.NotBefore = start.Add(-time.Second) }},
+		certTest{name: "broken signature", rule: "X509-28", after: func(c *x509.Certificate) { c.Signature[len(c.Signature)-1] ^= 1 }},
+		certTest{name: "serial 0", rule: "RFC5280-4.1.2.2", after: func(c *x509.Certificate) { c.SerialNumber = new(big.Int) }},
+	)
+	for _, test := range tests {
+		if test.name == "empty subject" {
+			continue // is not the root's, either
+		}
+		t.Run(test.name, func(t *testing.T) {
+			tmpl := nextTemplate()
+			tmpl.NotAfter = root.NotAfter
+			wantRule(t, Cross(build(t, test, tmpl, root, nextKey, rootKey), td, next, root), test.rule)
+		})
+	}
+	// Signed by somebody who says to be the root.
+	tmpl := nextTemplate()
+	tmpl.NotAfter = root.NotAfter
+	other := newKey()
+	parent := *root
+	parent.PublicKey = other.Public()
+	wantRule(t, Cross(must(x509.ParseCertificate(sign(tmpl, &parent, nextKey, other))), td, next, root), "X509-28")
+}
