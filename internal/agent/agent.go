@@ -10,8 +10,10 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"crypto"
+	crand "crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
@@ -33,6 +35,7 @@ import (
 
 	"github.com/spiffed/spiffed/internal/agent/cache"
 	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
+	syncv1 "github.com/spiffed/spiffed/internal/api/spiffed/sync/v1"
 	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/clock"
 	"github.com/spiffed/spiffed/internal/durable"
@@ -90,7 +93,10 @@ type Agent struct {
 	ready     chan struct{}                                    // closed after the first complete sync
 	readyOnce sync.Once
 	kick      chan struct{} // asks steer to look at demand or syncNow; capacity 1
+	clockSet  signal        // the clock was set, or the host woke up
+	save      func(*identity) error
 	jwts      *jwtCache
+	health    health
 
 	// Owned by steer; no lock.
 	preferred  int // index of the server that answered last
@@ -103,19 +109,40 @@ type Agent struct {
 	dirty      bool // known has what snap has not
 	renewAt    time.Time
 	renewRetry *retry
+	storeRetry *retry // of the identity
+	strangers  map[string]stranger
 	nextSync   time.Time
 	warned     map[string]warning // malformed things already logged, and how
+	failing    *retry             // of steps
+
+	// Of Sync.Follow; owned by steer as well.
+	instance string        // of this process
+	stream   *follow       // nil: there is none
+	revision int64         // of the server's registry that the agent has seen last
+	within   time.Duration // as KeepAlive said last
+	refused  map[string]refusal
+	partial  map[string]*knownEntry // what entries a stream brought that broke too early
+	anew     bool                   // begin the next stream from nothing
+	noPush   noPush
+	unserved bool // what was taken away is in snap still
+	fresh    bool // what was pushed has not been looked at by sign
+
+	kept kept // owned by restore, then by keep; no lock
 
 	mu         sync.Mutex // guards the fields below
 	id         *identity  // replaced, never changed; nil before the first key
 	link       *link
 	demand     map[string]bool // entry IDs that workloads wait for
 	syncNow    bool
-	address    string // of the server in use
-	lastSync   time.Time
+	address    string    // of the server in use
+	lastSync   time.Time // when what the agent has was last known to be what it may have
+	followed   bool      // it is in step by the server's push, and does not poll
+	pushErr    error     // why it polls a server that pushes
 	lastErr    error
 	lastNews   time.Time // when lastErr was last logged
 	renewErr   error
+	keepErr    error  // why the cache does not have what is served
+	storeErr   error  // why the identity in use is not on the disk
 	revoked    string // why everything was dropped; empty if it was not
 	hintLogged map[string]bool
 }
@@ -128,7 +155,7 @@ func New(cfg Config) (*Agent, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	if cfg.Clock == nil {
-		cfg.Clock = clock.New(clock.Config{})
+		cfg.Clock = clock.New(clock.Config{Floor: clock.BuildTime()})
 	}
 	if cfg.SyncInterval == 0 {
 		cfg.SyncInterval = 5 * time.Second
@@ -155,10 +182,16 @@ func New(cfg Config) (*Agent, error) {
 		retries:    map[string]*retry{},
 		batch:      maxBatch,
 		renewRetry: newRetry(),
+		storeRetry: newRetry(),
+		strangers:  map[string]stranger{},
 		warned:     map[string]warning{},
+		failing:    newRetry(),
+		instance:   crand.Text(),
+		refused:    map[string]refusal{},
 		demand:     map[string]bool{},
 		hintLogged: map[string]bool{},
 	}
+	a.save = func(id *identity) error { return id.save(a.path) }
 	a.makeKey = func(context.Context) (crypto.Signer, error) { return newKey(cfg.KeyType) }
 	a.snap.Store(&snapshot{changed: make(chan struct{})})
 	if err := a.open(); err != nil {
@@ -247,6 +280,8 @@ func (a *Agent) open() error {
 		return errors.New("there is neither a pin nor a trust bundle to verify the server by")
 	}
 	if enrolled {
+		// At least by the clock of the server that signed it.
+		a.cfg.Clock.Raise(a.id.chain[0].NotBefore)
 		a.renewAt = renewalTime(a.id.obtainedAt, expiry(a.id.chain))
 		a.bundle = &fetchedBundle{bundle: a.id.bundle}
 	}
@@ -261,8 +296,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { a.steer(ctx); return nil })
 	g.Go(func() error { a.watchExpiry(ctx); return nil })
 	g.Go(func() error { a.watchClock(ctx); return nil })
+	g.Go(func() error { a.watchHealth(ctx); return nil })
 	g.Go(func() error { a.keep(ctx); return nil })
-	return g.Wait()
+	err := g.Wait()
+	a.keepLast()
+	return err
 }
 
 // Enrol proves to a server what this node is, and returns: one attempt with each
@@ -270,7 +308,7 @@ func (a *Agent) Run(ctx context.Context) error {
 // has a new token, so an identity that the node has already is no reason to leave
 // it: the server may know nothing of it any more. It must not be called while Run
 // runs.
-func (a *Agent) Enrol(ctx context.Context) error { return a.enrol(ctx) }
+func (a *Agent) Enrol(ctx context.Context) error { return a.prove(ctx) }
 
 // Ready is closed after the first complete synchronisation.
 func (a *Agent) Ready() <-chan struct{} { return a.ready }
@@ -291,48 +329,55 @@ func (a *Agent) identity() *identity {
 
 // setIdentity writes id to the disk and uses it from then on.
 func (a *Agent) setIdentity(id *identity) error {
-	if err := id.save(a.path); err != nil {
+	if err := a.save(id); err != nil {
 		return err
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.id = id
+	a.useIdentity(id, nil)
 	return nil
 }
 
 // steer talks to the server, one thing after the other.
 func (a *Agent) steer(ctx context.Context) {
 	defer a.hangUp()
-	failing, refused := newRetry(), newRetry()
+	defer a.unfollow()
+	refused := newRetry()
 	refused.delay = refusedDelay
 	for ctx.Err() == nil {
+		clockSet := a.clockSet.next() // in the course of the step as well
+		a.health.begin()
 		err := a.step(ctx)
 		if ctx.Err() != nil {
 			return
 		}
 		a.note(err)
 		if err == nil {
-			failing.reset()
+			if a.stream == nil || time.Since(a.stream.since) > steady {
+				a.failing.reset()
+				a.failing.spread = a.spread()
+			}
 			refused.delay = refusedDelay
-			a.wait(ctx, a.nextStep(), true)
+			a.wait(ctx, a.nextStep(), true, clockSet)
 			continue
 		}
-		r := failing
+		r := a.failing
 		if isRefusal(err) {
 			r = refused
 		}
-		a.wait(ctx, a.now().Add(r.next()), false)
+		a.wait(ctx, a.now().Add(r.next()), false, clockSet)
 	}
 }
 
 // step brings everything up to date once.
 func (a *Agent) step(ctx context.Context) error {
-	if !a.identity().usable(a.now()) {
-		if err := a.enrol(ctx); err != nil {
-			return a.judge(err, noReason)
+	err := a.lost()
+	if err == nil && !a.identity().usable(a.now()) {
+		if err := a.enrol(ctx, noReason); err != nil {
+			return a.judge(err, reasonOf(err))
 		}
 	}
-	err := a.renewIfDue(ctx)
+	if err == nil {
+		err = a.renewIfDue(ctx)
+	}
 	if err == nil {
 		err = a.refresh(ctx)
 	}
@@ -345,8 +390,8 @@ func (a *Agent) step(ctx context.Context) error {
 	case reason != noReason, isCertificateRefused(err), isUntrusted(err) && a.anchorIsNew():
 		// The server does not take this identity (or it is another server,
 		// and the operator has said so by a new pin): prove it again.
-		if aerr := a.enrol(ctx); aerr != nil {
-			a.judge(aerr, reason)
+		if aerr := a.enrol(ctx, reason); aerr != nil {
+			a.judge(aerr, cmp.Or(reason, reasonOf(aerr)))
 			return fmt.Errorf("%w; attesting again: %w", err, aerr)
 		}
 		return a.judge(a.refresh(ctx), noReason)
@@ -354,15 +399,18 @@ func (a *Agent) step(ctx context.Context) error {
 	return err
 }
 
-// refresh synchronises if it is time to, and signs what is due.
+// refresh comes in step with the server, and signs what is due.
 func (a *Agent) refresh(ctx context.Context) error {
-	return a.inTurn(ctx, func(l *link) error {
-		var err error
-		if !a.now().Before(a.nextSyncAt()) || a.takeSyncNow() {
-			if err = a.sync(ctx, l); isAway(err) || reasonOf(err) != noReason {
-				return err
-			}
+	if l := a.linkInUse(); l != nil && l.isDown() {
+		a.hangUp() // it would wait for a while before it tries again
+	}
+	err := a.inTurn(ctx, func(l *link) error {
+		err := a.keepUp(ctx, l)
+		if isAway(err) || reasonOf(err) != noReason {
+			return err
 		}
+		a.askAgain()
+		a.fresh = false
 		// A server that cannot list entries may still sign.
 		if serr := a.sign(ctx, l); err == nil {
 			err = serr
@@ -376,6 +424,22 @@ func (a *Agent) refresh(ctx context.Context) error {
 		}
 		return err
 	})
+	if isAway(err) {
+		a.unfollow() // inTurn has hung up
+	}
+	return err
+}
+
+// keepUp has the agent in step by what the server pushes, or polls it if it does
+// not push and it is time to.
+func (a *Agent) keepUp(ctx context.Context, l *link) error {
+	if err := a.follow(ctx, l); !errors.Is(err, errNoPush) {
+		return err
+	}
+	if now := a.takeSyncNow(); now || !a.now().Before(a.nextSyncAt()) {
+		return a.sync(ctx, l)
+	}
+	return nil
 }
 
 // judge drops everything if err says that this node is out.
@@ -398,7 +462,10 @@ func (a *Agent) revoke(why string) {
 	first := a.revoked == ""
 	a.revoked = why
 	a.mu.Unlock()
+	a.unfollow()
 	clear(a.known)
+	clear(a.refused)
+	a.partial = nil
 	clear(a.held)
 	clear(a.retries)
 	clear(a.federated)
@@ -435,7 +502,13 @@ func (a *Agent) nextSyncAt() time.Time {
 
 // nextStep is when there is something to do next.
 func (a *Agent) nextStep() time.Time {
+	if a.fresh {
+		return a.now()
+	}
 	at := a.nextSyncAt()
+	if a.inStep() {
+		at = a.now().Add(time.Minute) // there is no need to ask
+	}
 	_, due := a.plan(a.now())
 	for _, t := range []time.Time{due, a.nextRenewal()} {
 		if !t.IsZero() && t.Before(at) {
@@ -449,14 +522,20 @@ func (a *Agent) nextStep() time.Time {
 	return at
 }
 
-// wait returns at the wall time until, or earlier if ctx ends or, with kicks,
-// a workload asks for something. Timers stop while a machine sleeps, so the
-// clock is looked at again every 10 s; and should it be set back, then what has
-// really passed counts.
-func (a *Agent) wait(ctx context.Context, until time.Time, kicks bool) {
+// wait takes what the server pushes. It returns at the wall time until, or earlier
+// if ctx ends, the clock is set, something was pushed that is to be signed, the
+// server's stream ends or, with kicks, a workload asks for something. Timers stop while a machine
+// sleeps, so the clock is looked at again every 10 s; and should it be set back,
+// then what has really passed counts.
+func (a *Agent) wait(ctx context.Context, until time.Time, kicks bool, clockSet <-chan struct{}) {
 	kick := a.kick
 	if !kicks {
 		kick = nil // the server is away: asking more often helps nobody
+	}
+	var messages <-chan *syncv1.FollowResponse
+	var ended <-chan struct{}
+	if f := a.stream; f != nil {
+		messages, ended = f.messages, f.ended
 	}
 	began := time.Now() // with the monotonic reading
 	for patience := until.Sub(a.now()); ; {
@@ -467,6 +546,17 @@ func (a *Agent) wait(ctx context.Context, until time.Time, kicks bool) {
 		timer := time.NewTimer(min(d, lookAgain))
 		select {
 		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-clockSet:
+			timer.Stop()
+			return // what was due may be another now, and what was refused be taken
+		case m := <-messages:
+			timer.Stop()
+			if a.takeBurst(m); a.fresh {
+				return
+			}
+		case <-ended:
 			timer.Stop()
 			return
 		case <-kick:
@@ -484,15 +574,23 @@ const (
 	lookAgain    = 10 * time.Second
 	minStep      = 200 * time.Millisecond
 	gather       = 10 * time.Millisecond // after a kick, so that a crowd is served together
+	leastDelay   = 50 * time.Millisecond
 	firstDelay   = time.Second
 	refusedDelay = 5 * time.Second
 	longestDelay = time.Minute
 )
 
-// retry is an exponential, capped back-off with full jitter.
+// retry is an exponential, capped and jittered back-off.
+//
+// All agents of a server lose it at the same moment. If they know within how long
+// they are to call again (spread), each calls first at a random moment in it, and
+// then leaves at least as much between two calls (unless that is very long), and
+// half of the time between them to chance. So hardly ever do more of them call
+// than if they came evenly within that time. See TestMassOutage.
 type retry struct {
-	delay time.Duration
-	at    time.Time // for those who keep it: not before
+	delay  time.Duration // the next one is at least half of it
+	spread time.Duration // but the first one is a random part of this, unless that is 0
+	at     time.Time     // for those who keep it: not before
 }
 
 // due says when it may be tried again. An at that is further off than the
@@ -507,9 +605,13 @@ func (r *retry) due(at time.Time) time.Time {
 func newRetry() *retry { return &retry{delay: firstDelay} }
 
 func (r *retry) next() time.Duration {
-	d := r.delay
-	r.delay = min(2*r.delay, longestDelay)
-	return 50*time.Millisecond + rand.N(d)
+	if s := r.spread; s > 0 {
+		r.spread, r.delay = 0, min(max(r.delay, 2*s), max(longestDelay, s))
+		return leastDelay + rand.N(s)
+	}
+	d := max(r.delay, leastDelay)
+	r.delay = max(min(2*d, longestDelay), d)
+	return d/2 + rand.N(d/2)
 }
 
 func (r *retry) reset() { *r = retry{delay: firstDelay} }

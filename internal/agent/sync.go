@@ -48,15 +48,16 @@ type knownEntry struct {
 	entry               *registry.Entry // nil: malformed
 }
 
-// fetchedBundle is a bundle and what it was read from, to see changes by.
+// fetchedBundle is a bundle and what it was read from, to see changes by. It is
+// never changed.
 type fetchedBundle struct {
 	wire   *types.Bundle
 	bundle *registry.Bundle
+	tag    []byte // by which a server that pushes knows it; nil: it is not known
 }
 
-// sync brings bundles and entries up to date by polling. (A server's push
-// stream will feed the same state.) What it takes away is published at once;
-// what it adds waits for sign.
+// sync brings bundles and entries up to date by polling, for a server that does
+// not push.
 func (a *Agent) sync(ctx context.Context, l *link) error {
 	own, err := a.fetchBundle(ctx, l, a.bundle)
 	if err != nil {
@@ -72,12 +73,24 @@ func (a *Agent) sync(ctx context.Context, l *link) error {
 	}
 	a.greet(ctx, l)
 
+	a.update(own, federated, known)
+	clear(a.refused)
+	a.settle()
+	jitter := a.cfg.SyncInterval / 5 // ± 10 %
+	a.nextSync = a.now().Add(a.cfg.SyncInterval - jitter/2 + rand.N(max(jitter, 1)))
+	a.heardAll()
+	return nil
+}
+
+// update takes over bundles and entries, all of them. What that takes away is
+// served no more after settle; what it adds waits for sign as well.
+func (a *Agent) update(own *fetchedBundle, federated map[spiffeid.TrustDomain]*fetchedBundle, known map[string]*knownEntry) {
+	newBundle := own.bundle != a.bundle.bundle
 	// An attestation brings a bundle as well, which is not served yet.
-	newBundle := own != a.bundle
 	notServed := a.snap.Load().bundle != own.bundle
 	changed := notServed || len(federated) != len(a.federated)
 	for td, b := range federated {
-		changed = changed || a.federated[td] != b
+		changed = changed || a.federated[td] == nil || a.federated[td].bundle != b.bundle
 	}
 	for id, old := range a.known {
 		changed = changed || known[id] != old
@@ -93,15 +106,22 @@ func (a *Agent) sync(ctx context.Context, l *link) error {
 		a.scheduleTainted()
 	}
 	a.forgetStale()
-	if changed {
+	a.unserved = a.unserved || changed
+}
+
+// settle publishes what was taken away since the last time.
+func (a *Agent) settle() {
+	if a.unserved {
+		a.unserved = false
 		a.publish()
 	}
-	jitter := a.cfg.SyncInterval / 5 // ± 10 %
-	a.nextSync = a.now().Add(a.cfg.SyncInterval - jitter/2 + rand.N(max(jitter, 1)))
+}
+
+// heardAll notes that what the agent has is what the server grants it, as of now.
+func (a *Agent) heardAll() {
 	a.mu.Lock()
 	a.lastSync = a.now()
 	a.mu.Unlock()
-	return nil
 }
 
 // greet tells the server, once on each connection, what agent this is.
@@ -124,9 +144,7 @@ func (a *Agent) greet(ctx context.Context, l *link) {
 func (a *Agent) keepBundle(bundle *registry.Bundle) {
 	next := *a.identity()
 	next.bundle = bundle
-	if err := a.setIdentity(&next); err != nil {
-		a.log.Error("the trust bundle is in use but was not stored", "err", err)
-	}
+	a.holdIdentity(&next)
 }
 
 // fetchBundle fetches the bundle of the own trust domain. If it is as it was,
@@ -159,7 +177,7 @@ func (a *Agent) readBundle(wire *types.Bundle, td spiffeid.TrustDomain, old *fet
 	if err != nil {
 		return nil, err
 	}
-	return &fetchedBundle{wire, bundle}, nil
+	return &fetchedBundle{wire: wire, bundle: bundle}, nil
 }
 
 // fetchFederated fetches the bundles that the entries name. One that the
@@ -366,19 +384,24 @@ func (a *Agent) talkEntries(stream entryStream) (map[string]*knownEntry, error) 
 	return known, stream.CloseSend()
 }
 
-// takeEntry puts an entry into known. One that is malformed is logged, once,
-// and does no harm to the others.
+// takeEntry puts an entry into known.
 func (a *Agent) takeEntry(known map[string]*knownEntry, e *types.Entry) {
 	if old := a.known[e.GetId()]; old != nil && old.revision == e.RevisionNumber && old.createdAt == e.CreatedAt {
 		known[e.Id] = old
 		return
 	}
+	known[e.GetId()] = a.readEntry(e)
+}
+
+// readEntry reads an entry. One that is malformed is logged, once, and does no
+// harm to the others.
+func (a *Agent) readEntry(e *types.Entry) *knownEntry {
 	k := &knownEntry{revision: e.GetRevisionNumber(), createdAt: e.GetCreatedAt()}
 	var err error
 	if k.entry, err = entryFromProto(e, a.cfg.TrustDomain); err != nil {
 		a.warnOnce("entry "+e.GetId(), "skipped a malformed entry from the server", err, "entry_id", e.GetId())
 	}
-	known[e.GetId()] = k
+	return k
 }
 
 // warning is what was logged last about a thing.
