@@ -28,9 +28,10 @@ type held struct {
 	expires  time.Time
 	revision int64               // of the entry it was issued for
 	roots    []*x509.Certificate // it was verified by
+	planned  time.Time           // when it was to be renewed as it was issued
 	used     atomic.Bool         // handed to a workload since it was issued
 
-	renewAt time.Time // owned by steer
+	renewAt time.Time // planned, or earlier; owned by steer
 }
 
 // renewalTime is half of the life that is left at obtained, give or take 10 %,
@@ -102,11 +103,13 @@ func (a *Agent) plan(at time.Time) (todo []*registry.Entry, next time.Time) {
 // demanded returns the entries that workloads wait for, and forgets those
 // that have been signed or are gone.
 func (a *Agent) demanded() map[string]bool {
+	at := a.now()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	out := map[string]bool{}
 	for id := range a.demand {
-		if k := a.known[id]; k == nil || k.entry == nil || a.held[id] != nil {
+		h := a.held[id]
+		if k := a.known[id]; k == nil || k.entry == nil || h != nil && at.Before(h.expires) {
 			delete(a.demand, id)
 			continue
 		}
@@ -165,27 +168,34 @@ const keyTime = time.Second
 // signBatch gets SVIDs for the first of the entries, as many as keys can be
 // made for in good time, and returns how many. Each gets a new key.
 func (a *Agent) signBatch(ctx context.Context, l *link, entries []*registry.Entry) (int, error) {
-	keys, err := a.makeKeys(ctx, len(entries))
-	if err != nil {
-		return 0, err
-	}
-	entries = entries[:len(keys)]
-	req := &svidv1.BatchNewX509SVIDRequest{}
-	for i, e := range entries {
-		csr, err := makeCSR(keys[i])
-		if err != nil {
-			return 0, fmt.Errorf("asking for an SVID for the entry %q: %w", e.ID, err)
-		}
-		req.Params = append(req.Params, &svidv1.NewX509SVIDParams{EntryId: e.ID, Csr: csr})
-	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	resp, err := l.svid.BatchNewX509SVID(ctx, req)
-	if err == nil && len(resp.Results) != len(entries) {
-		err = fmt.Errorf("%d results for %d requests", len(resp.Results), len(entries))
-	}
+	var keys []crypto.Signer
+	var resp *svidv1.BatchNewX509SVIDResponse
+	err := a.meanwhile(func() (err error) {
+		if keys, err = a.makeKeys(ctx, len(entries)); err != nil {
+			return err
+		}
+		entries = entries[:len(keys)]
+		req := &svidv1.BatchNewX509SVIDRequest{}
+		for i, e := range entries {
+			csr, err := makeCSR(keys[i])
+			if err != nil {
+				return fmt.Errorf("asking for an SVID for the entry %q: %w", e.ID, err)
+			}
+			req.Params = append(req.Params, &svidv1.NewX509SVIDParams{EntryId: e.ID, Csr: csr})
+		}
+		resp, err = l.svid.BatchNewX509SVID(ctx, req)
+		if err == nil && len(resp.Results) != len(entries) {
+			err = fmt.Errorf("%d results for %d requests", len(resp.Results), len(entries))
+		}
+		if err != nil {
+			return l.failed("getting SVIDs signed", err)
+		}
+		return nil
+	})
 	if err != nil {
-		return 0, l.failed("getting SVIDs signed", err)
+		return 0, err
 	}
 	for i, e := range entries {
 		a.takeSVID(l, e, keys[i], resp.Results[i])
@@ -195,13 +205,15 @@ func (a *Agent) signBatch(ctx context.Context, l *link, entries []*registry.Entr
 
 // takeSVID takes over one result, after checking it.
 func (a *Agent) takeSVID(l *link, e *registry.Entry, key crypto.Signer, result *svidv1.BatchNewX509SVIDResponse_Result) {
+	if k := a.known[e.ID]; k == nil || k.entry == nil || k.entry.SPIFFEID != e.SPIFFEID {
+		return // the entry was taken away, or has become another, in the meantime
+	}
 	switch code := codes.Code(result.GetStatus().GetCode()); code {
 	case codes.OK:
 	case codes.NotFound:
 		// Not authorised any more, whatever the last list said.
 		a.log.Info("an entry is not authorised any more", "entry_id", e.ID, "spiffe_id", e.SPIFFEID)
-		delete(a.known, e.ID)
-		delete(a.held, e.ID)
+		a.refuse(e.ID)
 		a.putOff(e, errors.New("not authorised"))
 		return
 	default:
@@ -224,7 +236,8 @@ func (a *Agent) takeSVID(l *link, e *registry.Entry, key crypto.Signer, result *
 		revision: e.Revision,
 		roots:    got.roots,
 	}
-	h.renewAt = renewalTime(at, h.expires)
+	h.planned = renewalTime(at, h.expires)
+	h.renewAt = h.planned
 	if tainted(bundle, h.roots) && h.renewAt.After(at.Add(longestDelay)) {
 		h.renewAt = at.Add(longestDelay) // the server has not changed over yet
 	}
@@ -255,10 +268,12 @@ func (a *Agent) makeKeys(ctx context.Context, n int) ([]crypto.Signer, error) {
 	return keys, ctx.Err()
 }
 
-// forgetStale drops the SVIDs that no longer belong to an entry.
+// forgetStale drops the SVIDs that no longer belong to an entry, and those that
+// have expired, unless by a clock that may yet be set back.
 func (a *Agent) forgetStale() {
+	at, settled := a.now(), a.cfg.Clock.Settled()
 	for id, h := range a.held {
-		if k := a.known[id]; k == nil || k.entry == nil || k.entry.StoreSVID || k.entry.SPIFFEID != h.svid.ID || !a.now().Before(h.expires) {
+		if !belongs(h, a.known[id]) || settled && !at.Before(h.expires) {
 			delete(a.held, id)
 		}
 	}
@@ -267,6 +282,11 @@ func (a *Agent) forgetStale() {
 			delete(a.retries, id)
 		}
 	}
+}
+
+// belongs says whether an SVID is one for an entry.
+func belongs(h *held, k *knownEntry) bool {
+	return k != nil && k.entry != nil && !k.entry.StoreSVID && k.entry.SPIFFEID == h.svid.ID
 }
 
 // tainted says whether a chain hangs on tainted or removed roots alone.

@@ -15,42 +15,96 @@ import (
 // snapshot is all that is served at one moment. It is never changed, only
 // replaced as a whole, so that entries, SVIDs and bundles always fit together.
 type snapshot struct {
+	all       *holdings
 	bundle    *registry.Bundle // nil: nothing to serve from yet
 	federated map[spiffeid.TrustDomain]*registry.Bundle
-	entries   []*registry.Entry // ordered by ID
+	entries   []*registry.Entry // those that have not expired, ordered by ID
 	matcher   *registry.Matcher
-	held      map[string]*held // by entry ID
+	held      map[string]*held // by entry ID; those that have not expired
 	changed   chan struct{}    // closed when this is replaced
+}
+
+// holdings are all that the agent has at one moment, with what has expired by
+// its clock: that may be set back. They are never changed.
+type holdings struct {
+	bundle    *fetchedBundle
+	federated map[spiffeid.TrustDomain]*fetchedBundle
+	known     map[string]*knownEntry
+	workloads []*registry.Entry // of those known: ordered by ID
+	held      map[string]*held  // by entry ID
+	revision  int64             // of the server's registry
+	revoked   bool              // nothing of it is to be kept
 }
 
 // publish makes a snapshot of the state that steer owns and serves it.
 func (a *Agent) publish() {
 	a.dirty = false
-	old := a.snap.Load()
-	next := &snapshot{
-		federated: make(map[spiffeid.TrustDomain]*registry.Bundle, len(a.federated)),
-		held:      make(map[string]*held, len(a.held)),
+	all := &holdings{
+		bundle:    a.bundle,
+		federated: maps.Clone(a.federated),
+		known:     maps.Clone(a.known),
+		held:      maps.Clone(a.held),
+		revision:  a.revision,
 	}
+	for _, k := range a.known {
+		// SVIDs of the others are for stores, not for workloads.
+		if k.entry != nil && !k.entry.StoreSVID {
+			all.workloads = append(all.workloads, k.entry)
+		}
+	}
+	slices.SortFunc(all.workloads, func(x, y *registry.Entry) int { return cmp.Compare(x.ID, y.ID) })
+	a.mu.Lock()
+	all.revoked = a.revoked != ""
+	a.mu.Unlock()
+	next := &snapshot{all: all, federated: make(map[spiffeid.TrustDomain]*registry.Bundle, len(a.federated))}
 	if a.bundle != nil {
 		next.bundle = a.bundle.bundle
 	}
 	for td, b := range a.federated {
 		next.federated[td] = b.bundle
 	}
-	for _, k := range a.known {
-		// SVIDs of the others are for stores, not for workloads.
-		if k.entry != nil && !k.entry.StoreSVID {
-			next.entries = append(next.entries, k.entry)
+	next.filter(a.snap.Load(), a.now())
+	a.serve(nil, next)
+}
+
+// filter sets what of all is served at a time. What is as it was in old is taken
+// from there.
+func (s *snapshot) filter(old *snapshot, at time.Time) {
+	s.held = make(map[string]*held, len(s.all.held))
+	for id, h := range s.all.held {
+		if at.Before(h.expires) {
+			s.held[id] = h
 		}
 	}
-	slices.SortFunc(next.entries, func(x, y *registry.Entry) int { return cmp.Compare(x.ID, y.ID) })
-	maps.Copy(next.held, a.held)
-	if slices.Equal(old.entries, next.entries) && old.matcher != nil {
-		next.matcher = old.matcher
-	} else {
-		next.matcher = registry.NewMatcher(next.entries)
+	s.entries = make([]*registry.Entry, 0, len(s.all.workloads))
+	for _, e := range s.all.workloads {
+		if !e.Expired(at) {
+			s.entries = append(s.entries, e)
+		}
 	}
-	a.serve(nil, next)
+	if old.matcher != nil && slices.Equal(old.entries, s.entries) {
+		s.entries, s.matcher = old.entries, old.matcher
+	} else {
+		s.matcher = registry.NewMatcher(s.entries)
+	}
+}
+
+// nextExpiry is when the next thing that is served ends; zero if nothing does.
+func (s *snapshot) nextExpiry() (end time.Time) {
+	ends := func(t time.Time) {
+		if end.IsZero() || t.Before(end) {
+			end = t
+		}
+	}
+	for _, h := range s.held {
+		ends(h.expires)
+	}
+	for _, e := range s.entries {
+		if !e.ExpiresAt.IsZero() {
+			ends(e.ExpiresAt)
+		}
+	}
+	return end
 }
 
 // serve replaces the snapshot; unless instead is nil, only if it is that one.
@@ -67,46 +121,30 @@ func (a *Agent) serve(instead, next *snapshot) {
 }
 
 // watchExpiry tells the outlets when something that is served has come to its
-// end. It is not part of steer, which may be waiting for a server.
+// end, or is good again because the clock was set back. It is not part of steer,
+// which may be waiting for a server.
 func (a *Agent) watchExpiry(ctx context.Context) {
 	for ctx.Err() == nil {
+		clockSet := a.clockSet.next() // before the clock is read
 		s := a.snap.Load()
 		at := a.now()
-		next := *s
-		next.held = map[string]*held{}
-		var end time.Time // the next one
-		ends := func(t time.Time) {
-			if end.IsZero() || t.Before(end) {
-				end = t
+		if s.all != nil {
+			next := *s
+			next.filter(s, at)
+			if next.matcher != s.matcher || !maps.Equal(next.held, s.held) {
+				a.serve(s, &next)
+				continue
 			}
 		}
-		for id, h := range s.held {
-			if at.Before(h.expires) {
-				next.held[id] = h
-				ends(h.expires)
-			}
-		}
-		next.entries = slices.DeleteFunc(slices.Clone(s.entries), func(e *registry.Entry) bool {
-			if !e.ExpiresAt.IsZero() && !e.Expired(at) {
-				ends(e.ExpiresAt)
-			}
-			return e.Expired(at)
-		})
-		if len(next.held) < len(s.held) || len(next.entries) < len(s.entries) {
-			if len(next.entries) < len(s.entries) {
-				next.matcher = registry.NewMatcher(next.entries)
-			}
-			a.serve(s, &next)
-			continue
-		}
-		wait := lookAgain // the wall clock may jump
-		if !end.IsZero() {
+		wait := lookAgain // timers stop while a host sleeps
+		if end := s.nextExpiry(); !end.IsZero() {
 			wait = min(wait, max(end.Sub(at), time.Millisecond))
 		}
 		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
 		case <-s.changed:
+		case <-clockSet:
 		case <-timer.C:
 		}
 		timer.Stop()
