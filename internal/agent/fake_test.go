@@ -39,6 +39,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/spiffed/spiffed/internal/attest/lastkey"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
@@ -180,6 +182,9 @@ type fakeServer struct {
 	hang         chan struct{} // every call waits for it
 	poison       string        // the entry that makes a whole batch fail
 	stranger     bool          // no agent may attest here
+	spire        bool          // it knows join tokens alone
+	sameKey      bool          // agents may renew with the key that they have
+	noRejoin     string        // why no node may come back by its key
 	calls        map[string]int
 	batches      []int
 	asked        []string // entry IDs asked for in full
@@ -195,9 +200,11 @@ type fakeServer struct {
 }
 
 type fakeNode struct {
-	serial, next string
-	key, nextKey []byte
-	banned       bool
+	serial, next         string
+	expires, nextExpires time.Time
+	key, nextKey         []byte
+	previousKey          []byte
+	banned               bool
 }
 
 const testToken = "token-1"
@@ -417,7 +424,10 @@ func (f *fakeServer) admit(ctx context.Context, full string) error {
 	case cert.SerialNumber.String() == node.serial:
 		return nil
 	case cert.SerialNumber.String() == node.next:
-		node.serial, node.key = node.next, node.nextKey
+		if !bytes.Equal(node.key, node.nextKey) {
+			node.previousKey = node.key
+		}
+		node.serial, node.key, node.expires = node.next, node.nextKey, node.nextExpires
 		node.next, node.nextKey = "", nil
 		return nil
 	}
@@ -451,6 +461,9 @@ func (f *fakeServer) AttestAgent(stream agentv1.Agent_AttestAgentServer) error {
 	if err != nil {
 		return err
 	}
+	if req.GetParams().GetData().GetType() == lastkey.Type {
+		return f.rejoin(stream, req.GetParams())
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	token := string(req.GetParams().GetData().GetPayload())
@@ -478,7 +491,7 @@ func (f *fakeServer) AttestAgent(stream agentv1.Agent_AttestAgentServer) error {
 		f.change("agent", tmpl)
 	}
 	svid := f.ca.sign(f.t, tmpl, csr.PublicKey)
-	f.nodes[id.String()] = &fakeNode{serial: tmpl.SerialNumber.String(), key: hash}
+	f.nodes[id.String()] = &fakeNode{serial: tmpl.SerialNumber.String(), expires: tmpl.NotAfter, key: hash}
 	if f.forge != nil {
 		svid = f.forge(svid, csr.PublicKey)
 	}
@@ -502,14 +515,14 @@ func (f *fakeServer) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRequ
 	cert := peerCert(ctx)
 	node := f.nodes[cert.URIs[0].String()]
 	hash := keyHash(csr.PublicKey)
-	if bytes.Equal(hash, node.key) {
+	if bytes.Equal(hash, node.key) && !f.sameKey {
 		f.t.Errorf("the agent renews with the key that it has")
 	}
-	if node.nextKey != nil && !bytes.Equal(hash, node.nextKey) {
+	if node.nextKey != nil && !bytes.Equal(hash, node.nextKey) && !f.sameKey {
 		f.t.Errorf("the agent renews with a third key, although the answer to the second may be lost")
 	}
 	tmpl := svidTemplate(spiffeid.RequireFromString(cert.URIs[0].String()), f.agentTTL)
-	node.next, node.nextKey = tmpl.SerialNumber.String(), hash
+	node.next, node.nextKey, node.nextExpires = tmpl.SerialNumber.String(), hash, tmpl.NotAfter
 	svid := f.ca.sign(f.t, tmpl, csr.PublicKey)
 	if f.forge != nil {
 		svid = f.forge(svid, csr.PublicKey)
