@@ -25,7 +25,7 @@ const maxChain = 5
 
 // maxCross is how many cross certificates the server presents: a node that was
 // off for as many rotations of the root still finds the way, and a handshake has
-// at most some ten kilobytes more, with keys of the largest kind.
+// some 2 KB more, with RSA keys of 4096 bits some 6 KB.
 const maxCross = 4
 
 // ownSVID is what the server presents. It is made when it is asked for and
@@ -39,6 +39,7 @@ type ownSVID struct {
 	certs    []*x509.Certificate // without these
 	renewAt  time.Time
 	sequence uint64 // of the bundle when it was made: another one may have other authorities
+	failing  bool   // the last renewal did not succeed, and that was said
 }
 
 func newOwnSVID(cfg Config) *ownSVID { return &ownSVID{cfg: cfg} }
@@ -54,9 +55,12 @@ func (o *ownSVID) get(ctx context.Context) (*tls.Certificate, []*x509.Certificat
 		if err != nil && (o.cert == nil || !now.Before(o.certs[0].NotAfter)) {
 			return nil, nil, fmt.Errorf("making the server's own SVID: %w", err)
 		}
-		if err != nil {
-			o.cfg.Log.Error("the server's own SVID could not be renewed", "err", err, "expires_at", o.certs[0].NotAfter)
+		if err != nil && !o.failing {
+			// Not for each handshake. The one there is may still do: where the clock
+			// has gone back to before the root, it is this one's clock that is wrong.
+			o.cfg.Log.Error("the server's own SVID could not be renewed; trying again at each handshake", "err", err, "expires_at", o.certs[0].NotAfter)
 		}
+		o.failing = err != nil
 	}
 	return o.cert, o.certs, nil
 }
