@@ -9,11 +9,9 @@ import (
 // Reason is why a node was refused, where something follows from it.
 type Reason int
 
-// What an agent is told in a form that its software acts upon, Copied aside: of
-// that the operator is told.
 const (
 	NotAttested Reason = iota + 1 // there is no such node: it never attested, or was evicted
-	Copied                        // it came with an older key of the node: an old copy of its disk
+	HadKey                        // the key was the node's once: there may be two of it
 )
 
 // Refusal is an ErrRefused about a node that the caller has named.
@@ -23,9 +21,9 @@ type Refusal struct {
 	Text    string // shown to the caller
 }
 
-// CopiedKey refuses a key from before the node's last renewal.
-func CopiedKey(id spiffeid.ID) *Refusal {
-	return &Refusal{id, Copied, fmt.Sprintf("the key is from before the last renewal of agent %q: this data_dir is a copy, or was restored from an old backup", id)}
+// OldKey refuses a key from before the node's last renewal.
+func OldKey(id spiffeid.ID) *Refusal {
+	return &Refusal{id, HadKey, fmt.Sprintf("the key is from before the last renewal of agent %q: this data_dir is a copy, or was restored from an old backup", id)}
 }
 
 // Error implements error.

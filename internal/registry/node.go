@@ -42,6 +42,10 @@ type Node struct {
 	PreviousKeyHash []byte    `json:"previous_key_hash,omitempty"`
 	PromotedAt      time.Time `json:"promoted_at,omitzero"` // when those in use took their place
 
+	// OlderKeys are the keys before that, the newest last: the first bytes of
+	// each hash. They tell a copy of an old disk from a stranger, and no more.
+	OlderKeys []byte `json:"older_keys,omitempty"`
+
 	// Copied is what was seen of a second machine with this node's identity.
 	Copied *Copied `json:"copied,omitempty"`
 
@@ -56,11 +60,37 @@ type Copied struct {
 	How     string    `json:"how"`               // what was seen, in words
 }
 
+// With SVIDs of an hour, renewed at half-life, that is a day.
+const (
+	olderKeyLen  = 8 // bytes
+	maxOlderKeys = 48
+)
+
+// HadKey says whether a key, by its hash, was the node's before the one in use.
+func (n *Node) HadKey(hash []byte) bool {
+	if len(hash) < olderKeyLen {
+		return false
+	}
+	if bytes.Equal(n.PreviousKeyHash, hash) {
+		return true
+	}
+	for older := range slices.Chunk(n.OlderKeys, olderKeyLen) {
+		if bytes.Equal(older, hash[:olderKeyLen]) {
+			return true
+		}
+	}
+	return false
+}
+
 // Promote makes the next SVID the one in use, and the one in use the previous.
 // A key that stays in use is no previous one.
 func (n *Node) Promote(at time.Time) {
 	n.PreviousSerial, n.PromotedAt = n.Serial, at
 	if !bytes.Equal(n.KeyHash, n.NextKeyHash) {
+		if len(n.PreviousKeyHash) >= olderKeyLen {
+			n.OlderKeys = append(n.OlderKeys, n.PreviousKeyHash[:olderKeyLen]...)
+			n.OlderKeys = slices.Clone(n.OlderKeys[max(0, len(n.OlderKeys)-maxOlderKeys*olderKeyLen):])
+		}
 		n.PreviousKeyHash = n.KeyHash
 	}
 	n.Serial, n.ExpiresAt, n.KeyHash = n.NextSerial, n.NextExpiresAt, n.NextKeyHash
@@ -88,6 +118,7 @@ func (n *Node) Clone() *Node {
 	c.KeyHash = slices.Clone(n.KeyHash)
 	c.NextKeyHash = slices.Clone(n.NextKeyHash)
 	c.PreviousKeyHash = slices.Clone(n.PreviousKeyHash)
+	c.OlderKeys = slices.Clone(n.OlderKeys)
 	if n.Copied != nil {
 		copied := *n.Copied
 		c.Copied = &copied

@@ -169,7 +169,7 @@ func TestRenewedKey(t *testing.T) {
 		}
 	}
 	var copied *attest.Refusal
-	if _, err := redeem(t, v, token.String(), previous); !errors.As(err, &copied) || copied.Reason != attest.Copied || copied.AgentID != res.AgentID || !errors.Is(err, attest.ErrRefused) {
+	if _, err := redeem(t, v, token.String(), previous); !errors.As(err, &copied) || copied.Reason != attest.HadKey || copied.AgentID != res.AgentID || !errors.Is(err, attest.ErrRefused) {
 		t.Errorf("the key before: %v, want it known to be a copy", err)
 	}
 	copied = nil

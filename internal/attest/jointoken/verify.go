@@ -117,8 +117,8 @@ func (v *Verifier) again(ctx context.Context, t *registry.JoinToken, agentID spi
 		return nil, fmt.Errorf("reading node %q: %w", agentID, err)
 	case bytes.Equal(n.KeyHash, keyHash), bytes.Equal(n.NextKeyHash, keyHash):
 		return &attest.Result{AgentID: agentID, Known: true}, nil
-	case bytes.Equal(n.PreviousKeyHash, keyHash):
-		return nil, attest.CopiedKey(agentID)
+	case n.HadKey(keyHash):
+		return nil, attest.OldKey(agentID)
 	}
 	return nil, errUnknown
 }

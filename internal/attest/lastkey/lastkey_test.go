@@ -118,7 +118,7 @@ func TestRefusals(t *testing.T) {
 	// A key from before the renewal is no evidence until it is proven.
 	old := nodes{agentID: {ID: agentID, KeyHash: hashOf(t, other), PreviousKeyHash: hashOf(t, key)}}
 	_, challenges, err = verify(t, old, NewProver(agentID, key), key, nil)
-	if !errors.As(err, &refusal) || refusal.Reason != attest.Copied || refusal.AgentID != agentID || challenges != 1 {
+	if !errors.As(err, &refusal) || refusal.Reason != attest.HadKey || refusal.AgentID != agentID || challenges != 1 {
 		t.Errorf("the key before: %v after %d challenges", err, challenges)
 	}
 	refusal = nil

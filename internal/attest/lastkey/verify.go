@@ -58,8 +58,8 @@ func (v *Verifier) Verify(ctx context.Context, req attest.Request, challenge fun
 		return nil, fmt.Errorf("reading node %q: %w", id, err)
 	}
 	known := bytes.Equal(n.KeyHash, hash[:]) || bytes.Equal(n.NextKeyHash, hash[:])
-	if !known && !bytes.Equal(n.PreviousKeyHash, hash[:]) {
-		return nil, refuse(fmt.Errorf("the key is not the one that agent %q has", id))
+	if !known && !n.HadKey(hash[:]) {
+		return nil, refuse(fmt.Errorf("the key is not the one that agent %q has: it may have renewed it since, on another machine or before this data_dir was restored", id))
 	}
 
 	nonce := make([]byte, challengeLen)
@@ -76,7 +76,7 @@ func (v *Verifier) Verify(ctx context.Context, req attest.Request, challenge fun
 		return nil, refuse(err)
 	}
 	if !known {
-		return nil, attest.CopiedKey(id)
+		return nil, attest.OldKey(id)
 	}
 	return &attest.Result{AgentID: id, Known: true}, nil
 }

@@ -162,8 +162,8 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 			switch refusal.Reason {
 			case attest.NotAttested:
 				return denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "%s", text)
-			case attest.Copied:
-				s.noteCopied(ctx, refusal.AgentID, c.addr.String(), copiedKey)
+			case attest.HadKey:
+				s.suspectCopy(refusal.AgentID, c.addr.String(), copiedKey)
 			}
 		}
 		return refused(text)

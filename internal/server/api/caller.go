@@ -192,7 +192,9 @@ func (a *API) Tap(ctx context.Context, info *tap.Info) (context.Context, error) 
 	c, err := a.check(ctx, info.FullMethodName)
 	if err != nil {
 		a.refuse(ctx, c, info.FullMethodName, err)
-		a.noteOldSVID(ctx, c)
+		a.noteOldSVID(c)
+	} else {
+		a.confirmCopy(ctx, c)
 	}
 	return ctx, err
 }

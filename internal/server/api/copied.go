@@ -2,8 +2,10 @@ package api
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -17,18 +19,30 @@ const (
 	// An agent takes its new SVID into use for every new connection at once. A
 	// handshake may have begun just before, and takes seconds at most.
 	oldSVIDGrace = time.Minute
+	suspectFor   = 24 * time.Hour
 )
 
 // What was seen of a copy.
 const (
-	copiedKey  = "the key of its SVID before was proven"
-	copiedSVID = "its SVID before was shown on a new connection"
+	copiedKey  = "an older key of it was proven, and the newer one used after that"
+	copiedSVID = "an older SVID of it was shown, and the newer one used after that"
 )
 
-// copies are the nodes that were noted to be copied a short while ago.
+// copies are the nodes that may be copied, and those that were noted to be a
+// short while ago.
 type copies struct {
-	mu    sync.Mutex // guards the field below
-	noted map[spiffeid.ID]time.Time
+	suspecting atomic.Bool // suspected is not empty; spares a lock for each call
+
+	mu        sync.Mutex // guards the fields below
+	suspected map[spiffeid.ID]suspicion
+	noted     map[spiffeid.ID]time.Time
+}
+
+// suspicion is that somebody showed what a node had before, and what it has.
+type suspicion struct {
+	at           time.Time
+	serial, next string // of the SVIDs that were good then; next may be empty
+	address, how string
 }
 
 // due says whether a node is to be noted now.
@@ -60,7 +74,7 @@ func (a *API) noteCopied(ctx context.Context, id spiffeid.ID, address, how strin
 	if !a.copies.due(id) {
 		return
 	}
-	a.log.Warn("an agent's identity is in use twice, or was restored from an old backup", "type", "audit", "agent_id", id, "address", address, "reason", how)
+	a.log.Warn("an agent's identity is in use twice: its data_dir was copied", "type", "audit", "agent_id", id, "address", address, "reason", how)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), copiedTimeout)
 	defer cancel()
 	_, err := a.updateNode(ctx, id, func(n *registry.Node) error {
@@ -76,21 +90,67 @@ func (a *API) noteCopied(ctx context.Context, id spiffeid.ID, address, how strin
 	}
 }
 
-// noteOldSVID notes a copy if a refused caller showed the SVID from before the
+// suspectCopy notes that somebody showed what a node had before its last renewal.
+// That alone is no second machine: the disk of the only one may have been
+// restored, or have been full when it renewed. It is one if what the node has now
+// is used after that.
+func (a *API) suspectCopy(id spiffeid.ID, address, how string) {
+	n, ok := a.cfg.State.node(id)
+	if !ok || n.Banned {
+		return
+	}
+	c := &a.copies
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t := time.Now()
+	for other, s := range c.suspected {
+		if t.Sub(s.at) >= suspectFor {
+			delete(c.suspected, other)
+		}
+	}
+	if c.suspected == nil {
+		c.suspected = map[spiffeid.ID]suspicion{}
+	}
+	c.suspected[id] = suspicion{t, n.Serial, n.NextSerial, address, how}
+	c.suspecting.Store(true)
+}
+
+// confirmCopy notes a copy if this new call is by the one that a suspicion waited
+// for. A stream from before says nothing: its other end may be gone.
+func (a *API) confirmCopy(ctx context.Context, caller *caller) {
+	c := &a.copies
+	if caller.kinds&Agent == 0 || !c.suspecting.Load() {
+		return
+	}
+	serial := caller.leaf.SerialNumber.String()
+	c.mu.Lock()
+	s, ok := c.suspected[caller.id]
+	if ok = ok && (serial == s.serial || serial == s.next); ok {
+		delete(c.suspected, caller.id)
+	}
+	c.suspecting.Store(len(c.suspected) > 0)
+	c.mu.Unlock()
+	if ok {
+		a.noteCopied(ctx, caller.id, s.address, s.how)
+	}
+}
+
+// noteOldSVID suspects a copy if a refused caller showed an SVID from before the
 // agent's last renewal. Those who hold the new one show it on every connection
 // that they open, so the old one means something only on a connection that was
 // opened after the new one was first used: on older ones the agent's own calls
 // are still on their way, and its streams are told so. Both times are this
 // server's, and a clock that is set back in between hides a copy at worst.
-func (a *API) noteOldSVID(ctx context.Context, c *caller) {
+func (a *API) noteOldSVID(c *caller) {
 	if c == nil || c.leaf == nil || !registry.IsAgentID(c.id) {
 		return
 	}
 	n, ok := a.cfg.State.node(c.id)
-	if !ok || n.Banned || n.PreviousSerial == "" || n.PreviousSerial != c.leaf.SerialNumber.String() {
+	if !ok || n.PromotedAt.IsZero() || c.since.Sub(n.PromotedAt) <= oldSVIDGrace {
 		return
 	}
-	if !n.PromotedAt.IsZero() && c.since.Sub(n.PromotedAt) > oldSVIDGrace {
-		a.noteCopied(ctx, c.id, c.addr.String(), copiedSVID)
+	key := sha256.Sum256(c.leaf.RawSubjectPublicKeyInfo)
+	if serial := c.leaf.SerialNumber.String(); serial == n.PreviousSerial || n.HadKey(key[:]) {
+		a.suspectCopy(c.id, c.addr.String(), copiedSVID)
 	}
 }
