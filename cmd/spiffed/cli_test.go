@@ -106,14 +106,22 @@ func TestNode(t *testing.T) {
 		{Id: "e", AgentId: "spiffe://example.org/spire/agent/join_token/e", Alias: "spiffe://example.org/node/twin", State: "redeemed"},
 	}
 
+	seen := now.Add(-3*time.Hour - time.Minute).Unix()
+	r.details = []*adminv1.NodeDetail{
+		{Id: "spiffe://example.org/spire/agent/join_token/a", SeenAt: seen, Address: "192.0.2.1:5", Connected: true},
+		{Id: "spiffe://example.org/spire/agent/join_token/b", SeenAt: seen},
+		{Id: "spiffe://example.org/spire/agent/join_token/d", SeenAt: seen, CopiedAt: seen, CopiedAddress: "192.0.2.9:7", CopiedHow: "its old key was proven"},
+		{Id: "spiffe://example.org/spire/agent/join_token/since-gone", SeenAt: seen},
+	}
+
 	// Five nodes come in pages of two.
 	matches(t, r.ok("node", "list"),
-		`NODE                       NAME   STATE    SVID EXPIRES  VERSION`,
-		`/spire/agent/join_token/a  web-1  active   in 59m        v1.2.3`,
-		`/spire/agent/join_token/b  -      expired  3h ago        v1.2.3`,
-		`/spire/agent/join_token/c  -      banned   in 59m        v1.2.3`,
-		`/spire/agent/join_token/d  twin   active   in 59m        �\[2Jevil`,
-		`/spire/agent/join_token/e  twin   active   in 59m        v1.2.3`)
+		`NODE                       NAME   STATE           SEEN       SVID EXPIRES  VERSION`,
+		`/spire/agent/join_token/a  web-1  active          connected  in 59m        v1.2.3`,
+		`/spire/agent/join_token/b  -      expired         3h ago     3h ago        v1.2.3`,
+		`/spire/agent/join_token/c  -      banned          -          in 59m        v1.2.3`,
+		`/spire/agent/join_token/d  twin   active, copied  3h ago     in 59m        �\[2Jevil`,
+		`/spire/agent/join_token/e  twin   active          -          in 59m        v1.2.3`)
 	var list struct{ Nodes []map[string]any }
 	r.json(&list, "node", "list")
 	if len(list.Nodes) != 5 || list.Nodes[0]["id"] != "spiffe://example.org/spire/agent/join_token/a" || list.Nodes[0]["alias"] != "spiffe://example.org/node/web-1" {
@@ -125,6 +133,8 @@ func TestNode(t *testing.T) {
 			`Node           spiffe://example.org/spire/agent/join_token/a`,
 			`Alias          spiffe://example.org/node/web-1`,
 			`State          active`,
+			`Last seen      now: it is connected`,
+			`Address        192.0.2.1:5`,
 			`Attested by    join_token`,
 			`Can reattest   yes`,
 			`SVID expires   .*Z \(in 59m\)`,
@@ -132,6 +142,22 @@ func TestNode(t *testing.T) {
 			`Agent version  v1.2.3`,
 			`Selectors      join_token:a`)
 	}
+	if got := r.ok("node", "show", "/spire/agent/join_token/d"); !regexp.MustCompile(`(?m)^Last seen      .*Z \(3h ago\)\nCopied         .*Z \(3h ago\), from 192\.0\.2\.9:7: its old key was proven$`).MatchString(got) {
+		t.Error(got)
+	}
+	var one nodeJSON
+	r.json(&one, "node", "show", "/spire/agent/join_token/d")
+	if one.Copied == nil || one.Copied.How != "its old key was proven" || one.SeenAt.Unix() != seen || one.Connected {
+		t.Errorf("%+v", one)
+	}
+	// An older server does not know the call for it.
+	details := r.details
+	r.details = nil
+	matches(t, strings.SplitAfter(r.ok("node", "list"), "\n")[1], `/spire/agent/join_token/a  web-1  active   -     in 59m        v1.2.3`)
+	if got := r.ok("node", "show", "/spire/agent/join_token/d"); strings.Contains(got, "Copied") || strings.Contains(got, "Last seen") {
+		t.Error(got)
+	}
+	r.details = details
 	r.fails(exitFailed, []string{"no node is called /node/nobody", "spiffed node list"}, "node", "show", "nobody")
 	r.fails(exitFailed, []string{"no node is called /node/unused"}, "node", "show", "unused")
 	r.fails(exitFailed, []string{"2 nodes are called /node/twin", "join_token/d, spiffe://"}, "node", "show", "twin")
@@ -547,7 +573,7 @@ func TestStatus(t *testing.T) {
 			{Id: "aa", Kind: "root", State: "active", ExpiresAt: in(100 * 24 * time.Hour)},
 			{Id: "bb", Kind: "jwt", State: "old", ExpiresAt: in(time.Hour), Tainted: true},
 		},
-		Pin: "sha256:x",
+		Pin: "sha256:x", RejoinWindowSeconds: 30 * 24 * 3600,
 	}
 	r.agentStatus = &adminv1.AgentStatus{
 		TrustDomain: testDomain, Version: "v1", AgentId: "spiffe://example.org/spire/agent/join_token/a", ServerAddress: "s:8081",
@@ -562,6 +588,7 @@ func TestStatus(t *testing.T) {
 		`Nodes          3`,
 		`Entries        12`,
 		`Join tokens    2`,
+		`Rejoin window  30d`,
 		`Pin            sha256:x`,
 		``,
 		`AUTHORITY  STATE         EXPIRES  ID`,
@@ -587,15 +614,58 @@ func TestStatus(t *testing.T) {
 		t.Errorf("%+v, %+v", out.Server, out.Agent)
 	}
 
-	// What is wrong is an error, and both are still shown.
-	r.agentStatus.Problems = []string{"the server has not answered for 3h; check the network"}
-	stdout := r.fails(exitFailed, []string{"spiffed: error: agent: the server has not answered for 3h; check the network\n"}, "status")
-	if !strings.Contains(stdout, "Listens on") || !strings.Contains(stdout, "Agent         ready, something is wrong") {
+	// All of it.
+	r.serverStatus.Connected, r.serverStatus.RejoinWindowSeconds = 2, 0
+	r.serverStatus.CopiedNodes, r.serverStatus.Copied = 1, []*adminv1.NodeDetail{{Id: "spiffe://example.org/spire/agent/x/y", CopiedAt: in(0), CopiedHow: "seen twice"}}
+	r.agentStatus.Link, r.agentStatus.LinkSince = "push", now.Add(-3*time.Hour).Unix()
+	r.agentStatus.Serving, r.agentStatus.ServedFromCache, r.agentStatus.Cache = true, true, "sealed on disk"
+	r.agentStatus.Svids = 1500
+	for i := range 30 {
+		r.agentStatus.Held = append(r.agentStatus.Held, &adminv1.HeldSVID{SpiffeId: fmt.Sprintf("spiffe://example.org/w%02d", i), EntryId: fmt.Sprintf("e%02d", i), ExpiresAt: in(time.Duration(10+i) * time.Minute)})
+	}
+	stdout := r.ok("status")
+	for _, want := range []string{
+		"\nNodes          3, 2 of them connected\nCopied nodes   1\n", "\nRejoin window  none: ",
+		"\nServer        s:8081, tells of changes as they happen (push)\nConnected ", "Z (3h ago)\n", "\nCache         sealed on disk\n",
+		"\nSVIDs         1500, from the cache: no server has been reached since the start\n",
+		"\nSVID  EXPIRES  ENTRY\n/w00  in 10m   e00\n", "\n/w19  in 29m   e19\n… and 1480 more that expire later: spiffed status --output json\n",
+	} {
+		if !strings.Contains(stdout, want) {
+			t.Errorf("no %q in:\n%s", want, stdout)
+		}
+	}
+	out.Server, out.Agent = nil, nil
+	r.json(&out, "status")
+	if len(out.Agent.Held) != 30 || out.Agent.Held[29].EntryID != "e29" || out.Agent.Link != "push" || !out.Agent.ServedFromCache || out.Server.Copied[0].Copied.How != "seen twice" {
+		t.Errorf("%+v, %+v", out.Server, out.Agent)
+	}
+	r.agentStatus.Link, r.agentStatus.Held, r.agentStatus.ServedFromCache = "poll", nil, false
+	if stdout := r.ok("status"); !strings.Contains(stdout, "s:8081, is asked for changes now and then (poll)\n") || strings.Contains(stdout, "ENTRY") {
+		t.Error(stdout)
+	}
+
+	// What is wrong is an error, and both are still shown. A reason that is as
+	// long as a connection's is said once.
+	const reason = "connecting to the server: a long story"
+	r.agentStatus.Problems = []string{"not in step with the server (last in step 3h ago): " + reason + "; check the network"}
+	r.agentStatus.LastError, r.agentStatus.State, r.agentStatus.DegradedSince = reason, "degraded", now.Add(-3*time.Hour).Unix()
+	stdout = r.fails(exitFailed, []string{"spiffed: error: agent: not in step with the server (last in step 3h ago): " + reason + "; check the network\n"}, "status")
+	if !strings.Contains(stdout, "Listens on") || !regexp.MustCompile(`(?m)^Agent         degraded since .*Z \(3h ago\), and serves$`).MatchString(stdout) || strings.Contains(stdout, reason) {
+		t.Error(stdout)
+	}
+	r.agentStatus.Serving, r.agentStatus.LastError = false, "another one"
+	stdout = r.fails(exitFailed, nil, "status")
+	if !strings.Contains(stdout, ", and serves nothing\n") || !strings.Contains(stdout, "Last error    another one\n") {
+		t.Error(stdout)
+	}
+	r.serverStatus.Problems = []string{"node x: two machines"}
+	stdout = r.fails(exitFailed, []string{"spiffed: error: server: node x: two machines\n"}, "status")
+	if !strings.Contains(stdout, "Server         something is wrong\n") {
 		t.Error(stdout)
 	}
 	r.serverStatus = nil
 	stdout = r.fails(exitFailed, []string{"asking the server for its status: no status", "journalctl -u spiffed"}, "status", "--output", "json")
-	if !strings.Contains(stdout, `"server": null`) || !strings.Contains(stdout, `"state": "ready"`) {
+	if !strings.Contains(stdout, `"server": null`) || !strings.Contains(stdout, `"state": "degraded"`) {
 		t.Error(stdout)
 	}
 }

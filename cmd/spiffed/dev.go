@@ -60,7 +60,7 @@ It is not for production: the folder and all keys in it go when it stops.`,
   spiffed dev --dir ./state`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return dev(cmd.Context(), o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+			return c.dev(cmd.Context(), o)
 		},
 	}
 	cmd.Flags().BoolVar(&o.once, "once", false, "fetch the identity, verify it, print it, and end")
@@ -69,7 +69,10 @@ It is not for production: the folder and all keys in it go when it stops.`,
 	return cmd
 }
 
-func dev(ctx context.Context, o devOptions, stdout, stderr io.Writer) (err error) {
+func (c *cli) dev(ctx context.Context, o devOptions) (err error) {
+	if c.output == "json" && !o.once {
+		return usagef("--output json goes with --once: else there is no result")
+	}
 	// Nor is anything left behind when the terminal goes, or when nobody reads
 	// the output to its end.
 	signal.Ignore(syscall.SIGPIPE)
@@ -114,7 +117,7 @@ level = %q
 	if err != nil {
 		return err
 	}
-	log, logLevel := newLog(cfg.Log, stderr)
+	log, logLevel := newLog(cfg.Log, c.stderr)
 	h, err := newHost(ctx, cfg, log, logLevel)
 	if err != nil {
 		return err
@@ -144,10 +147,10 @@ level = %q
 		return errors.Join(fmt.Errorf("waiting for the first identity: nothing after %s; --verbose shows the log", devWait), stop())
 	}
 	if o.once {
-		err := showIdentity(ctx, stdout, cfg.Agent.WorkloadSocket, id)
+		err := c.showIdentity(ctx, cfg.Agent.WorkloadSocket, id)
 		return errors.Join(err, stop())
 	}
-	fmt.Fprintf(stdout, `%s runs as server and agent of the trust domain %s, and you are
+	fmt.Fprintf(c.stdout, `%s runs as server and agent of the trust domain %s, and you are
 %s.
 
 SPIFFE_ENDPOINT_SOCKET=unix://%s
@@ -193,7 +196,7 @@ func (h *host) registerCaller(ctx context.Context) (spiffeid.ID, error) {
 
 // showIdentity fetches the identity as any process would, and believes nothing
 // that it has not verified.
-func showIdentity(ctx context.Context, w io.Writer, socket string, want spiffeid.ID) error {
+func (c *cli) showIdentity(ctx context.Context, socket string, want spiffeid.ID) error {
 	ctx, cancel := context.WithTimeout(ctx, devWait)
 	defer cancel()
 	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+socket))
@@ -227,21 +230,48 @@ func showIdentity(ctx context.Context, w io.Writer, socket string, want spiffeid
 	}
 
 	leaf := svid.Certificates[0]
-	fmt.Fprintf(w, "SPIFFE ID  %s\n", id)
-	fmt.Fprintf(w, "Expires    %s (in %s)\n", leaf.NotAfter.Format(time.RFC3339), time.Until(leaf.NotAfter).Round(time.Second))
+	out := struct {
+		SPIFFEID  string     `json:"spiffe_id"`
+		ExpiresAt time.Time  `json:"expires_at"`
+		Chain     []certJSON `json:"chain"` // verified, leaf first
+		JWT       devJWTJSON `json:"jwt_svid"`
+	}{
+		id.String(), leaf.NotAfter, nil, devJWTJSON{jwt.ID.String(), devAudience, jwt.Expiry.UTC()},
+	}
 	for i, cert := range chains[0] {
-		label, what := "", "signing CA"
-		switch {
-		case i == 0:
-			label, what = "Chain", "leaf"
-		case i == len(chains[0])-1:
+		what := "signing CA"
+		switch i {
+		case 0:
+			what = "leaf"
+		case len(chains[0]) - 1:
 			what = "root"
 		}
-		fmt.Fprintf(w, "%-10s %d %-10s serial %x, until %s\n", label, i, what, cert.SerialNumber, cert.NotAfter.Format(time.RFC3339))
+		out.Chain = append(out.Chain, certJSON{what, fmt.Sprintf("%x", cert.SerialNumber), cert.NotAfter})
 	}
-	fmt.Fprintf(w, "X.509-SVID verified: the chain leads to the root of %s\n", id.TrustDomain().Name())
-	fmt.Fprintf(w, "JWT-SVID   verified: %s for audience %q, until %s\n", jwt.ID, devAudience, jwt.Expiry.Format(time.RFC3339))
-	return nil
+	return c.print(out, func(w io.Writer) {
+		fmt.Fprintf(w, "SPIFFE ID  %s\n", id)
+		fmt.Fprintf(w, "Expires    %s (in %s)\n", leaf.NotAfter.Format(time.RFC3339), time.Until(leaf.NotAfter).Round(time.Second))
+		label := "Chain"
+		for i, cert := range out.Chain {
+			fmt.Fprintf(w, "%-10s %d %-10s serial %s, until %s\n", label, i, cert.What, cert.Serial, cert.ExpiresAt.Format(time.RFC3339))
+			label = ""
+		}
+		fmt.Fprintf(w, "X.509-SVID verified: the chain leads to the root of %s\n", id.TrustDomain().Name())
+		fmt.Fprintf(w, "JWT-SVID   verified: %s for audience %q, until %s\n", jwt.ID, devAudience, jwt.Expiry.Format(time.RFC3339))
+	})
+}
+
+// certJSON is a certificate of a chain as --output json shows it.
+type certJSON struct {
+	What      string    `json:"what"` // "leaf", "signing CA" or "root"
+	Serial    string    `json:"serial_number"`
+	ExpiresAt time.Time `json:"expires_at"`
+}
+
+type devJWTJSON struct {
+	SPIFFEID  string    `json:"spiffe_id"`
+	Audience  string    `json:"audience"`
+	ExpiresAt time.Time `json:"expires_at"`
 }
 
 // ownCommand is how to call this program again.

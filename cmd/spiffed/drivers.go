@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,6 +15,7 @@ import (
 	"github.com/spiffed/spiffed/internal/agent/cache"
 	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/attest/jointoken"
+	"github.com/spiffed/spiffed/internal/attest/lastkey"
 	"github.com/spiffed/spiffed/internal/attest/unix"
 	"github.com/spiffed/spiffed/internal/ca"
 	"github.com/spiffed/spiffed/internal/registry"
@@ -66,8 +68,12 @@ func openCacheEngine(path string, readOnly bool, log *slog.Logger) (store.Engine
 func verifiers(td spiffeid.TrustDomain, st *store.Store, log *slog.Logger) []attest.Verifier {
 	return []attest.Verifier{
 		jointoken.NewVerifier(jointoken.Config{TrustDomain: td, Store: st, Log: log}),
+		lastkey.NewVerifier(lastkey.Config{TrustDomain: td, Store: st}),
 	}
 }
+
+// rejoin is how a node comes back that has nothing but the key of its SVID.
+func rejoin(id spiffeid.ID, key crypto.Signer) attest.Prover { return lastkey.NewProver(id, key) }
 
 // workloadAttestors tell the agent what a calling process is.
 func workloadAttestors(log *slog.Logger) []attest.Workload {

@@ -47,7 +47,9 @@ type rig struct {
 	mu   sync.Mutex // guards the fields below
 	tok  []*adminv1.JoinToken
 	node []*types.Agent
-	ents []*types.Entry // sorted by ID
+
+	details []*adminv1.NodeDetail // nil: a server that does not have ListNodes
+	ents    []*types.Entry        // sorted by ID
 
 	made         *adminv1.CreateJoinTokenRequest // the last one
 	updated      *entryv1.BatchUpdateEntryRequest
@@ -192,6 +194,30 @@ func (f fakeAdmin) GetStatus(context.Context, *adminv1.GetServerStatusRequest) (
 		return nil, status.Error(codes.Internal, "no status")
 	}
 	return f.serverStatus, nil
+}
+
+func (f fakeAdmin) ListNodes(_ context.Context, req *adminv1.ListNodesRequest) (*adminv1.ListNodesResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.details == nil {
+		return nil, status.Error(codes.Unimplemented, "method ListNodes not implemented")
+	}
+	resp := &adminv1.ListNodesResponse{}
+	for i, d := range f.details {
+		switch {
+		case req.Id != "":
+			if d.Id == req.Id {
+				resp.Nodes = append(resp.Nodes, d)
+			}
+		case d.Id > req.PageToken:
+			resp.Nodes = append(resp.Nodes, d)
+			if len(resp.Nodes) == 2 && i < len(f.details)-1 { // whatever page size is asked for
+				resp.NextPageToken = d.Id
+				return resp, nil
+			}
+		}
+	}
+	return resp, nil
 }
 
 type fakeAgentAdmin struct {

@@ -43,7 +43,8 @@ admin_socket = %q
 		t.Errorf("left behind: %v, %v", left, err)
 	}
 	o := joinOptions{config: filepath.Join(dir, "c.toml"), dataDir: data}
-	err = join(t.Context(), "spiffed://abcdefghijklmnop.abcdefghijklmnopqrstuvwxyz@127.0.0.1:1/example.org/sha256:"+strings.Repeat("A", 43), o, os.Stdout, os.Stderr)
+	c := &cli{stdout: os.Stdout, stderr: os.Stderr, output: "text"}
+	err = c.join(t.Context(), "spiffed://abcdefghijklmnop.abcdefghijklmnopqrstuvwxyz@127.0.0.1:1/example.org/sha256:"+strings.Repeat("A", 43), o)
 	if err == nil || !strings.Contains(err.Error(), "in use by another agent") {
 		t.Errorf("join beside a running agent: %v", err)
 	}

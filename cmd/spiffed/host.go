@@ -22,9 +22,12 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/spiffed/spiffed/internal/agent"
+	"github.com/spiffed/spiffed/internal/agent/cache"
 	"github.com/spiffed/spiffed/internal/ca"
+	"github.com/spiffed/spiffed/internal/clock"
 	"github.com/spiffed/spiffed/internal/config"
 	"github.com/spiffed/spiffed/internal/durable"
+	"github.com/spiffed/spiffed/internal/health"
 	"github.com/spiffed/spiffed/internal/server"
 	"github.com/spiffed/spiffed/internal/store"
 	"github.com/spiffed/spiffed/internal/unixsocket"
@@ -49,12 +52,15 @@ type host struct {
 	ca     *ca.CA
 	server *server.Server
 
-	agent         *agent.Agent // nil without the agent role; so are the next four
-	agentFolder   io.Closer    // held
-	agentAdminAt  net.Listener
-	workloads     *workloadapi.Server
-	workloadsAt   net.Listener
-	closeOnFailed []io.Closer // while the host is being built
+	agent        *agent.Agent // nil without the agent role; so are the next five
+	agentFolder  io.Closer    // held
+	cache        *cache.Cache // nil as well if there can be none
+	agentAdminAt net.Listener
+	workloads    *workloadapi.Server
+	workloadsAt  net.Listener
+
+	healthAt      net.Listener // nil: not wanted
+	closeOnFailed []io.Closer  // while the host is being built
 }
 
 // newHost builds the roles. On an error nothing stays open.
@@ -71,9 +77,15 @@ func newHost(ctx context.Context, cfg *config.Config, log *slog.Logger, logLevel
 		}
 	}
 	if cfg.Agent != nil {
-		if err := h.buildAgent(); err != nil {
+		if err := h.buildAgent(ctx); err != nil {
 			return nil, err
 		}
+	}
+	if cfg.Health.Listen != "" {
+		if h.healthAt, err = net.Listen("tcp", cfg.Health.Listen); err != nil {
+			return nil, fmt.Errorf("health.listen: %w", err)
+		}
+		h.closeOnFailed = append(h.closeOnFailed, h.healthAt)
 	}
 	return h, nil
 }
@@ -106,6 +118,7 @@ func (h *host) buildServer(ctx context.Context) error {
 		RefreshHint: cfg.RefreshHint,
 		Backdate:    cfg.Backdate,
 		JWTIssuer:   cfg.JWTIssuer,
+		Floor:       clock.BuildTime(),
 		Journal:     h.store,
 		Log:         h.log,
 	})
@@ -129,6 +142,7 @@ func (h *host) buildServer(ctx context.Context) error {
 		X509TTL:       cfg.DefaultX509SVIDTTL,
 		JWTTTL:        cfg.DefaultJWTSVIDTTL,
 		AgentTTL:      cfg.AgentTTL,
+		RejoinWindow:  cfg.RejoinWindow,
 		AdminIDs:      cfg.AdminIDs,
 		AttestRate:    float64(cfg.RateLimit.AttestationsPerSecond),
 		SignRate:      float64(cfg.RateLimit.SigningsPerSecond),
@@ -147,26 +161,32 @@ func (h *host) buildServer(ctx context.Context) error {
 	return nil
 }
 
-func (h *host) buildAgent() error {
+func (h *host) buildAgent(ctx context.Context) error {
 	cfg := h.cfg.Agent
-	if err := ownFolder(cfg.DataDir); err != nil {
-		return fmt.Errorf("agent.data_dir: %w", err)
-	}
-	var err error
-	if h.agentFolder, err = holdFolder(cfg.DataDir); err != nil {
-		return fmt.Errorf("agent.data_dir: %w", err)
-	}
-	h.closeOnFailed = append(h.closeOnFailed, h.agentFolder)
 	settings, err := h.joinSettings()
 	if err != nil {
 		return err
 	}
+	if err := agentFolder(cfg.DataDir, settings.TrustDomain, h.log); err != nil {
+		return fmt.Errorf("agent.data_dir: %w", err)
+	}
+	if h.agentFolder, err = holdFolder(cfg.DataDir); err != nil {
+		return fmt.Errorf("agent.data_dir: %w", err)
+	}
+	h.closeOnFailed = append(h.closeOnFailed, h.agentFolder)
 	settings.DataDir = cfg.DataDir
 	settings.SyncInterval = cfg.SyncInterval
 	settings.KeyType = string(cfg.WorkloadKeyType)
 	settings.WorkloadSocket = cfg.WorkloadSocket
 	settings.Version = version()
 	settings.Log = h.log
+	settings.Rejoin = rejoin
+	settings.Clock = clock.New(clock.Config{Floor: clock.BuildTime()})
+	h.cache, settings.CacheProblem = openCache(ctx, cfg.DataDir, settings.TrustDomain, h.log)
+	if h.cache != nil {
+		h.closeOnFailed = append(h.closeOnFailed, h.cache)
+	}
+	settings.Cache = h.cache
 	if h.agent, err = agent.New(*settings); err != nil {
 		return err
 	}
@@ -184,6 +204,7 @@ func (h *host) buildAgent() error {
 	h.workloads = workloadapi.New(workloadapi.Config{
 		Source:    h.agent,
 		Attestors: workloadAttestors(h.log),
+		Ready:     h.agent.Serving,
 		Log:       h.log,
 	})
 	return nil
@@ -274,6 +295,10 @@ func (h *host) run(ctx context.Context) error {
 		group.Go(func() error { return h.workloads.Serve(ctx, h.workloadsAt) })
 		h.log.Info("agent started", "workload_socket", h.cfg.Agent.WorkloadSocket, "version", version())
 	}
+	if h.healthAt != nil {
+		group.Go(func() error { return health.Serve(ctx, h.healthAt, h.log, h.roles()...) })
+		h.log.Info("health is answered", "address", h.healthAt.Addr().String())
+	}
 	err := group.Wait()
 	if errors.Is(err, context.Canceled) {
 		err = nil
@@ -282,7 +307,7 @@ func (h *host) run(ctx context.Context) error {
 		err = errors.Join(err, h.engine.Close())
 	}
 	if h.agentFolder != nil {
-		err = errors.Join(err, h.agentFolder.Close())
+		err = errors.Join(err, h.cache.Close(), h.agentFolder.Close())
 	}
 	h.log.Info("stopped")
 	return err
@@ -368,8 +393,16 @@ func loopback(addr net.Addr) string {
 	return net.JoinHostPort(host, strconv.Itoa(tcp.Port))
 }
 
-// ownFolder makes sure of a folder that only this user can look into.
+// ownFolder makes sure of a folder that only this user can look into, and that
+// can be written to.
 func ownFolder(dir string) error {
+	if err := privateFolder(dir); err != nil {
+		return err
+	}
+	return probeFolder(dir)
+}
+
+func privateFolder(dir string) error {
 	if err := durable.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
@@ -383,11 +416,33 @@ func ownFolder(dir string) error {
 	if info.Mode().Perm()&0o077 != 0 {
 		return fmt.Errorf("%q holds private keys, but others can enter it (mode %#o); run: chmod 700 %s", dir, info.Mode().Perm(), dir)
 	}
+	return nil
+}
+
+func probeFolder(dir string) error {
 	probe, err := os.CreateTemp(dir, ".probe-")
 	if err != nil {
 		return fmt.Errorf("cannot write in it: %w", err)
 	}
 	return errors.Join(probe.Close(), os.Remove(probe.Name()))
+}
+
+// agentFolder makes sure of an agent's folder. A node that is in goes on from
+// memory when it cannot be written to, as after a crash that left the disk
+// read-only, or with a full one: its services need their identities then as well.
+func agentFolder(dir string, td spiffeid.TrustDomain, log *slog.Logger) error {
+	if err := privateFolder(dir); err != nil {
+		return err
+	}
+	err := probeFolder(dir)
+	if err == nil {
+		return nil
+	}
+	if id, serr := agent.StoredID(dir, td); serr != nil || id.IsZero() {
+		return err
+	}
+	log.Warn("the agent's folder cannot be written to: it goes on from memory", "path", dir, "err", err)
+	return nil
 }
 
 // holdFolder keeps other agents out of a folder until it is closed: two with one

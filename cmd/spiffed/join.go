@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -36,9 +37,13 @@ the token in the string is good for this key alone, so if the connection breaks,
 run the same command again.
 
 The configuration holds no secret: from now on the node's key is what counts.
-The join string is kept in the folder of the agent's state, where it is good for
-that key alone: with it the node comes back by itself after it was switched off
-for longer than its SVID lasts.
+With it the node comes back by itself after it was switched off for longer than
+its SVID lasts, as long as server.rejoin_window allows. The join string is kept
+in the folder of the agent's state, where it is good for that key alone.
+
+A node that was joined before and is not taken back (it was evicted, away for too
+long, or its server's root was replaced meanwhile) is joined again by the same
+command with a new string; while its old identity has not expired, with --force.
 
 STRING is what "spiffed token create" printed. With - it is read from standard
 input, which keeps it out of the list of processes.`,
@@ -57,7 +62,7 @@ input, which keeps it out of the list of processes.`,
 					return errors.New("reading the join string: standard input is empty")
 				}
 			}
-			return join(cmd.Context(), text, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+			return c.join(cmd.Context(), text, o)
 		},
 	}
 	cmd.Flags().StringVar(&o.config, "config", defaultConfig, "the configuration file to write")
@@ -67,27 +72,32 @@ input, which keeps it out of the list of processes.`,
 	return cmd
 }
 
-func join(ctx context.Context, text string, o joinOptions, stdout, stderr io.Writer) error {
+// aboutJoinStrings says what is wanted where something else was given.
+const aboutJoinStrings = "a join string is spiffed://TOKEN@HOST:PORT/TRUST-DOMAIN/sha256:PIN, in one piece; on the server, this prints one: spiffed token create --name NAME"
+
+func (c *cli) join(ctx context.Context, text string, o joinOptions) error {
 	j, err := parseJoining(text)
 	if err != nil {
-		return err
+		return withHint(err, "%s", aboutJoinStrings)
 	}
 	if j.trustDomain.IsZero() {
 		return withHint(errors.New("this is a bare token: it does not say which server to trust"),
-			`use the string that begins with spiffed://, or write agent.server, agent.trust_domain, agent.trust_bundle and agent.join into a configuration yourself`)
+			"use the string that begins with spiffed://, or write agent.server, agent.trust_domain, agent.trust_bundle and agent.join into a configuration yourself\n%s", aboutJoinStrings)
 	}
 	configPath, err := filepath.Abs(o.config)
 	if err != nil {
 		return err
-	}
-	if _, err := os.Lstat(configPath); err == nil && !o.force {
-		return withHint(fmt.Errorf("%q exists already", configPath), "--force overwrites it, --config names another")
 	}
 	dataDir, err := filepath.Abs(o.dataDir)
 	if err != nil {
 		return err
 	}
 	joinFile := filepath.Join(dataDir, joinFileName)
+	_, err = os.Lstat(configPath)
+	keepConfig := err == nil && !o.force
+	if keepConfig && !joins(configPath, j, dataDir, joinFile) {
+		return withHint(fmt.Errorf("%q exists already", configPath), "--force overwrites it, --config names another")
+	}
 	configText := joinedConfig(j, dataDir, joinFile)
 	if _, err := config.Parse(configPath, []byte(configText)); err != nil {
 		return fmt.Errorf("the configuration that would be written: %w", err)
@@ -101,7 +111,7 @@ func join(ctx context.Context, text string, o joinOptions, stdout, stderr io.Wri
 	}
 	defer held.Close()
 
-	log, _ := newLog(config.Log{Format: "text"}, stderr)
+	log, _ := newLog(config.Log{Format: "text"}, c.stderr)
 	a, err := agent.New(agent.Config{
 		TrustDomain: j.trustDomain, ServerAddresses: j.servers, Prover: j.prover, Pin: j.pin,
 		DataDir: dataDir, Version: version(), Log: log,
@@ -113,7 +123,9 @@ func join(ctx context.Context, text string, o joinOptions, stdout, stderr io.Wri
 	if err != nil {
 		return err
 	}
-	if id := a.AgentID(); !id.IsZero() && id != agentID && !o.force {
+	// One that has expired is of no use any more: whoever brings a new join string
+	// then wants it to be taken.
+	if id := a.AgentID(); !id.IsZero() && id != agentID && !a.Expired() && !o.force {
 		return withHint(fmt.Errorf("%q holds the identity of a node that is enrolled already, %q", dataDir, id),
 			"--force makes this machine another node; for a second agent, --data-dir names another folder")
 	}
@@ -125,15 +137,33 @@ func join(ctx context.Context, text string, o joinOptions, stdout, stderr io.Wri
 	if err := durable.WriteFile(joinFile, []byte(text+"\n"), 0o600); err != nil {
 		return fmt.Errorf("the node is enrolled; keeping its join string: %w", err)
 	}
-	if err := durable.MkdirAll(filepath.Dir(configPath), 0o755); err != nil {
-		return fmt.Errorf("the node is enrolled; writing its configuration: %w", err)
+	if !keepConfig {
+		if err := durable.MkdirAll(filepath.Dir(configPath), 0o755); err != nil {
+			return fmt.Errorf("the node is enrolled; writing its configuration: %w", err)
+		}
+		if err := durable.WriteFile(configPath, []byte(configText), 0o644); err != nil {
+			return fmt.Errorf("the node is enrolled; writing its configuration: %w", err)
+		}
 	}
-	if err := durable.WriteFile(configPath, []byte(configText), 0o644); err != nil {
-		return fmt.Errorf("the node is enrolled; writing its configuration: %w", err)
+	err = c.print(map[string]any{"agent_id": a.AgentID().String(), "config": configPath, "data_dir": dataDir}, func(w io.Writer) {
+		fmt.Fprintln(w, a.AgentID())
+	})
+	if err == nil && c.output == "text" {
+		fmt.Fprintf(c.stderr, "This node is enrolled. Its configuration is in %s; start the agent:\n\n  spiffed run --config %s\n", configPath, configPath)
 	}
-	fmt.Fprintln(stdout, a.AgentID())
-	fmt.Fprintf(stderr, "This node is enrolled. Its configuration is in %s; start the agent:\n\n  spiffed run --config %s\n", configPath, configPath)
-	return nil
+	return err
+}
+
+// joins says whether the configuration at path is of an agent that comes in by
+// the join string in joinFile, with the servers of j. Then there is nothing to
+// change in it.
+func joins(path string, j *joining, dataDir, joinFile string) bool {
+	cfg, err := config.Load(path)
+	if err != nil || cfg.Agent == nil {
+		return false
+	}
+	a := cfg.Agent
+	return a.DataDir == dataDir && a.JoinFile == joinFile && a.TrustDomain == j.trustDomain && slices.Equal(a.Servers, j.servers)
 }
 
 // joinedConfig is the configuration of a node that is in. The join string is not

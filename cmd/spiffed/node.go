@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +14,9 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
 )
 
 // nodesPerPage and entriesPerPage bound one reply of a list.
@@ -56,6 +60,50 @@ type nodeJSON struct {
 	SerialNumber    string    `json:"serial_number,omitempty"`
 	AgentVersion    string    `json:"agent_version,omitempty"`
 	Selectors       []string  `json:"selectors"`
+
+	// What SPIRE's API does not say; not known of an older server.
+	SeenAt    time.Time   `json:"seen_at,omitzero"` // to about an hour
+	Address   string      `json:"address,omitempty"`
+	Connected bool        `json:"connected"`
+	Copied    *copiedJSON `json:"copied,omitempty"`
+}
+
+// copiedJSON is what was seen of a second machine with a node's identity.
+type copiedJSON struct {
+	SeenAt  time.Time `json:"seen_at"`
+	Address string    `json:"address,omitempty"`
+	How     string    `json:"how"`
+}
+
+// nodeDetailJSON is a copied node as the status shows it.
+type nodeDetailJSON struct {
+	ID     string      `json:"id"`
+	SeenAt time.Time   `json:"seen_at,omitzero"`
+	Copied *copiedJSON `json:"copied"`
+}
+
+func fromProtoNodeDetail(d *adminv1.NodeDetail) nodeDetailJSON {
+	return nodeDetailJSON{d.Id, unixTime(d.SeenAt), fromProtoCopied(d)}
+}
+
+func fromProtoCopied(d *adminv1.NodeDetail) *copiedJSON {
+	if d.CopiedAt == 0 {
+		return nil
+	}
+	return &copiedJSON{unixTime(d.CopiedAt), d.CopiedAddress, d.CopiedHow}
+}
+
+// add takes over what the server knows beside SPIRE's API.
+func (n *nodeJSON) add(d *adminv1.NodeDetail) {
+	n.SeenAt, n.Address, n.Connected, n.Copied = unixTime(d.SeenAt), d.Address, d.Connected, fromProtoCopied(d)
+}
+
+// seen says in words when a node was last heard of.
+func (n *nodeJSON) seen() string {
+	if n.Connected {
+		return "connected"
+	}
+	return relative(n.SeenAt)
 }
 
 func fromProtoNode(n *types.Agent, names map[string]string) nodeJSON {
@@ -79,7 +127,9 @@ func newNodeListCommand(c *cli) *cobra.Command {
 		Use:   "list",
 		Short: "List the nodes",
 		Long: `Lists the nodes that have joined. STATE is active, expired (it has not been
-heard from for as long as its SVID was good) or banned.`,
+heard from for as long as its SVID was good) or banned; copied says that two
+machines use its identity: evict the node, then join each with a token of its
+own. SEEN is known to about an hour.`,
 		Example:           `  spiffed node list`,
 		Args:              noArgs,
 		ValidArgsFunction: noFiles,
@@ -107,6 +157,9 @@ func (a *admin) listNodes(ctx context.Context) error {
 			break
 		}
 	}
+	if err := a.addDetails(ctx, nodes); err != nil {
+		return err
+	}
 	return a.print(map[string]any{"nodes": nodes}, func(w io.Writer) {
 		if len(nodes) == 0 {
 			fmt.Fprintln(w, "No nodes. To let one in: spiffed token create --name NAME")
@@ -114,10 +167,40 @@ func (a *admin) listNodes(ctx context.Context) error {
 		}
 		var rows [][]string
 		for _, n := range nodes {
-			rows = append(rows, []string{pathOf(n.ID), strings.TrimPrefix(pathOf(n.Alias), nodeAliases), n.State, relative(n.ExpiresAt), n.AgentVersion})
+			state := n.State
+			if n.Copied != nil {
+				state += ", copied"
+			}
+			rows = append(rows, []string{pathOf(n.ID), strings.TrimPrefix(pathOf(n.Alias), nodeAliases), state, n.seen(), relative(n.ExpiresAt), n.AgentVersion})
 		}
-		printTable(w, []string{"NODE", "NAME", "STATE", "SVID EXPIRES", "VERSION"}, rows)
+		printTable(w, []string{"NODE", "NAME", "STATE", "SEEN", "SVID EXPIRES", "VERSION"}, rows)
 	})
+}
+
+// addDetails fills in what SPIRE's API does not say of the nodes, unless the
+// server is older than the call for it.
+func (a *admin) addDetails(ctx context.Context, nodes []nodeJSON) error {
+	byID := map[string]*nodeJSON{}
+	for i := range nodes {
+		byID[nodes[i].ID] = &nodes[i]
+	}
+	for token := ""; ; {
+		resp, err := adminv1.NewServerClient(a.conn).ListNodes(ctx, &adminv1.ListNodesRequest{PageSize: nodesPerPage, PageToken: token})
+		if status.Code(err) == codes.Unimplemented {
+			return nil
+		}
+		if err != nil {
+			return a.at.explain(err, "listing nodes")
+		}
+		for _, d := range resp.Nodes {
+			if n := byID[d.Id]; n != nil {
+				n.add(d)
+			}
+		}
+		if token = resp.NextPageToken; token == "" {
+			return nil
+		}
+	}
 }
 
 func newNodeShowCommand(c *cli) *cobra.Command {
@@ -148,11 +231,30 @@ func (a *admin) showNode(ctx context.Context, text string) error {
 		return err
 	}
 	n := fromProtoNode(resp, names)
+	details, err := adminv1.NewServerClient(a.conn).ListNodes(ctx, &adminv1.ListNodesRequest{Id: n.ID})
+	switch {
+	case status.Code(err) == codes.Unimplemented: // an older server
+	case err != nil:
+		return a.explainNode(err, "looking for node "+id.String())
+	case len(details.Nodes) == 1:
+		n.add(details.Nodes[0])
+	}
+	copied := ""
+	if n.Copied != nil {
+		copied = fmt.Sprintf("%s, from %s: %s", when(n.Copied.SeenAt), cmp.Or(n.Copied.Address, "an unknown address"), n.Copied.How)
+	}
+	seen := when(n.SeenAt)
+	if n.Connected {
+		seen = "now: it is connected"
+	}
 	return a.print(n, func(w io.Writer) {
 		printFields(w,
 			field{"Node", n.ID},
 			field{"Alias", n.Alias},
 			field{"State", n.State},
+			field{"Last seen", seen},
+			field{"Address", n.Address},
+			field{"Copied", copied},
 			field{"Attested by", n.AttestationType},
 			field{"Can reattest", yes(n.CanReattest)},
 			field{"SVID expires", when(n.ExpiresAt)},

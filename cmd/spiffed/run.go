@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/signal"
 	"syscall"
 
@@ -45,6 +47,9 @@ func runRoles(ctx context.Context, path string, stderr io.Writer) error {
 		defer stop()
 	}
 	cfg, err := config.Load(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return withHint(err, "on a node, this writes it: spiffed join STRING\non a server, begin with this one: spiffed config example > %s\nif it is elsewhere, say where: --config; for a first look without one: spiffed dev", path)
+	}
 	if err != nil {
 		return err
 	}

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 
 	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
+	"github.com/spiffed/spiffed/internal/config"
 )
 
 func newStatusCommand(c *cli) *cobra.Command {
@@ -22,6 +23,9 @@ func newStatusCommand(c *cli) *cobra.Command {
 		Long: `Asks the server and the agent of this machine how they are doing, and says what
 is wrong and what to do about it. A role that has no socket here is taken as not
 wanted here, unless its socket was said by flag or environment.
+
+An agent is enrolling until it has something to serve from, ready when all is
+well, and degraded when something is wrong; mostly it serves all the same.
 
 Exit code 0 says that all is well; 1, that something is wrong or nothing runs.`,
 		Example: `  spiffed status
@@ -43,6 +47,11 @@ type serverStatusJSON struct {
 	Authorities   []authorityJSON `json:"authorities"`
 	Pin           string          `json:"pin"`
 	Problems      []string        `json:"problems"`
+
+	Connected    uint64           `json:"connected"` // agents that are told of changes as they happen
+	RejoinWindow int64            `json:"rejoin_window_seconds"`
+	CopiedNodes  uint64           `json:"copied_nodes"`
+	Copied       []nodeDetailJSON `json:"copied"` // the first of them
 }
 
 type authorityJSON struct {
@@ -68,6 +77,21 @@ type agentStatusJSON struct {
 	SVIDs              uint64    `json:"svids"`
 	NextExpiryAt       time.Time `json:"next_expiry_at,omitzero"`
 	Problems           []string  `json:"problems"`
+
+	Link            string     `json:"link,omitempty"` // "push" or "poll"
+	LinkSince       time.Time  `json:"link_since,omitzero"`
+	DegradedSince   time.Time  `json:"degraded_since,omitzero"`
+	Serving         bool       `json:"serving"`
+	ServedFromCache bool       `json:"served_from_cache"`
+	Cache           string     `json:"cache,omitempty"`
+	Clock           string     `json:"clock,omitempty"` // what is wrong with it
+	Held            []heldJSON `json:"held"`            // the first to expire first; the first 1000
+}
+
+type heldJSON struct {
+	SPIFFEID  string    `json:"spiffe_id"`
+	EntryID   string    `json:"entry_id"`
+	ExpiresAt time.Time `json:"expires_at"`
 }
 
 func (c *cli) status(ctx context.Context) error {
@@ -147,19 +171,42 @@ func fromProtoServerStatus(s *adminv1.ServerStatus) *serverStatusJSON {
 	for _, a := range s.Authorities {
 		out.Authorities = append(out.Authorities, authorityJSON{a.Id, a.Kind, a.State, unixTime(a.ExpiresAt), a.Tainted})
 	}
+	out.Connected, out.RejoinWindow, out.CopiedNodes = s.Connected, s.RejoinWindowSeconds, s.CopiedNodes
+	out.Copied = []nodeDetailJSON{}
+	for _, n := range s.Copied {
+		out.Copied = append(out.Copied, fromProtoNodeDetail(n))
+	}
 	return out
 }
 
 func (s *serverStatusJSON) print(w io.Writer) {
+	state := "well"
+	if len(s.Problems) > 0 {
+		state = "something is wrong"
+	}
+	nodes := fmt.Sprint(s.Nodes)
+	if s.Connected > 0 {
+		nodes += fmt.Sprintf(", %d of them connected", s.Connected)
+	}
+	copied := ""
+	if s.CopiedNodes > 0 {
+		copied = fmt.Sprint(s.CopiedNodes)
+	}
+	rejoin := "none: a node whose SVID has expired needs a new token"
+	if s.RejoinWindow > 0 {
+		rejoin = config.FormatDuration(time.Duration(s.RejoinWindow) * time.Second)
+	}
 	printFields(w,
-		field{"Server", health(s.Problems)},
+		field{"Server", state},
 		field{"Trust domain", s.TrustDomain},
 		field{"Version", s.Version},
 		field{"Running since", when(s.StartedAt)},
 		field{"Listens on", s.ListenAddress},
-		field{"Nodes", fmt.Sprint(s.Nodes)},
+		field{"Nodes", nodes},
+		field{"Copied nodes", copied},
 		field{"Entries", fmt.Sprint(s.Entries)},
 		field{"Join tokens", fmt.Sprint(s.JoinTokens)},
+		field{"Rejoin window", rejoin},
 		field{"Pin", s.Pin})
 	if len(s.Authorities) == 0 {
 		return
@@ -177,18 +224,52 @@ func (s *serverStatusJSON) print(w io.Writer) {
 }
 
 func fromProtoAgentStatus(s *adminv1.AgentStatus) *agentStatusJSON {
-	return &agentStatusJSON{
+	out := &agentStatusJSON{
 		TrustDomain: s.TrustDomain, Version: s.Version, StartedAt: unixTime(s.StartedAt), AgentID: s.AgentId,
 		ServerAddress: s.ServerAddress, WorkloadSocket: s.WorkloadSocket, State: s.State,
 		AgentSVIDExpiresAt: unixTime(s.AgentSvidExpiresAt), LastSyncAt: unixTime(s.LastSyncAt), LastError: s.LastError,
 		Entries: s.Entries, SVIDs: s.Svids, NextExpiryAt: unixTime(s.NextExpiryAt), Problems: append([]string{}, s.Problems...),
+		Link: s.Link, LinkSince: unixTime(s.LinkSince), DegradedSince: unixTime(s.DegradedSince),
+		Serving: s.Serving, ServedFromCache: s.ServedFromCache, Cache: s.Cache, Clock: s.Clock,
+		Held: []heldJSON{},
 	}
+	for _, h := range s.Held {
+		out.Held = append(out.Held, heldJSON{h.SpiffeId, h.EntryId, unixTime(h.ExpiresAt)})
+	}
+	return out
 }
+
+// svidsShown is how many SVIDs the text names; --output json has more.
+const svidsShown = 20
 
 func (s *agentStatusJSON) print(w io.Writer) {
 	state := s.State
-	if len(s.Problems) > 0 {
-		state += ", " + health(s.Problems)
+	if s.State == "degraded" {
+		if !s.DegradedSince.IsZero() {
+			state += " since " + when(s.DegradedSince)
+		}
+		if s.Serving {
+			state += ", and serves"
+		} else {
+			state += ", and serves nothing"
+		}
+	}
+	server := s.ServerAddress
+	switch s.Link {
+	case "push":
+		server += ", tells of changes as they happen (push)"
+	case "poll":
+		server += ", is asked for changes now and then (poll)"
+	}
+	svids := fmt.Sprint(s.SVIDs)
+	if s.ServedFromCache {
+		svids += ", from the cache: no server has been reached since the start"
+	}
+	lastError := s.LastError
+	for _, p := range s.Problems { // which are reported whole
+		if strings.Contains(p, lastError) {
+			lastError = ""
+		}
 	}
 	printFields(w,
 		field{"Agent", state},
@@ -197,18 +278,24 @@ func (s *agentStatusJSON) print(w io.Writer) {
 		field{"Running since", when(s.StartedAt)},
 		field{"Agent ID", s.AgentID},
 		field{"SVID expires", when(s.AgentSVIDExpiresAt)},
-		field{"Server", s.ServerAddress},
+		field{"Server", server},
+		field{"Connected", when(s.LinkSince)},
 		field{"Last sync", when(s.LastSyncAt)},
-		field{"Last error", s.LastError},
+		field{"Last error", lastError},
 		field{"Workload API", s.WorkloadSocket},
+		field{"Cache", s.Cache},
 		field{"Entries", fmt.Sprint(s.Entries)},
-		field{"SVIDs", fmt.Sprint(s.SVIDs)},
-		field{"First to expire", when(s.NextExpiryAt)})
-}
-
-func health(problems []string) string {
-	if len(problems) == 0 {
-		return "well"
+		field{"SVIDs", svids})
+	if len(s.Held) == 0 {
+		return
 	}
-	return "something is wrong: " + strings.Join(problems, "; ")
+	fmt.Fprintln(w)
+	var rows [][]string
+	for _, h := range s.Held[:min(len(s.Held), svidsShown)] {
+		rows = append(rows, []string{pathOf(h.SPIFFEID), relative(h.ExpiresAt), h.EntryID})
+	}
+	printTable(w, []string{"SVID", "EXPIRES", "ENTRY"}, rows)
+	if s.SVIDs > uint64(len(rows)) {
+		fmt.Fprintf(w, "… and %d more that expire later: spiffed status --output json\n", s.SVIDs-uint64(len(rows)))
+	}
 }

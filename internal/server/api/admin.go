@@ -210,7 +210,7 @@ func (s *adminService) GetStatus(ctx context.Context, _ *adminv1.GetServerStatus
 		Nodes:         uint64(s.cfg.State.Nodes()),
 		Entries:       uint64(s.cfg.State.Entries()),
 		Pin:           s.cfg.Tokens.Pin(),
-		Problems:      s.problems(ctx),
+		Problems:      s.Problems(ctx),
 		Connected:     s.cfg.State.connected(),
 
 		RejoinWindowSeconds: int64(s.cfg.RejoinWindow / time.Second),
@@ -231,8 +231,8 @@ func (s *adminService) GetStatus(ctx context.Context, _ *adminv1.GetServerStatus
 	return resp, err
 }
 
-// problems says what keeps the server from its work, and what to do.
-func (a *API) problems(ctx context.Context) []string {
+// Problems says what keeps the server from its work, and what to do.
+func (a *API) Problems(ctx context.Context) []string {
 	var problems []string
 	select {
 	case <-a.cfg.State.Ready():

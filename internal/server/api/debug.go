@@ -52,7 +52,7 @@ func (s *healthService) Check(ctx context.Context, req *grpc_health_v1.HealthChe
 		return nil, status.Errorf(codes.NotFound, "health of service %q: only that of the whole server is known, ask for \"\"", req.Service)
 	}
 	resp := &grpc_health_v1.HealthCheckResponse{Status: grpc_health_v1.HealthCheckResponse_SERVING}
-	if len(s.problems(ctx)) > 0 {
+	if len(s.Problems(ctx)) > 0 {
 		resp.Status = grpc_health_v1.HealthCheckResponse_NOT_SERVING
 	}
 	return resp, nil
