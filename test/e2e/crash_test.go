@@ -25,8 +25,9 @@ func crashing(t *testing.T) *fleet {
 agent_ttl = "4s"
 default_x509_svid_ttl = "2s"
 default_jwt_svid_ttl = "2s"
-signing_ca_ttl = "8s"
-jwt_key_ttl = "8s"
+signing_ca_ttl = "1m"
+jwt_key_ttl = "1m"
+refresh_hint = "2s"
 `)
 	for i := range 5 {
 		f.entry(t, "--spiffe-id", fmt.Sprintf("/api-%d", i), "--selector", "unix:uid:0")

@@ -417,10 +417,12 @@ func TestRestartsUnderLoad(t *testing.T) {
 // by side and after the first has renewed. The server notices.
 func TestCopiedNode(t *testing.T) {
 	t.Parallel()
+	// Of before one renewal: of what was before that the server knows nothing, and
+	// anybody could claim to have had it.
 	for name, stale := range map[string]bool{"at the same time": false, "of before a renewal": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			f := joined(t, `agent_ttl = "8s"`)
+			f := joined(t, `agent_ttl = "10s"`)
 			f.agent.stop(t)
 			copied := filepath.Join(f.dir, "copy")
 			if out, err := exec.Command("cp", "-a", f.agentDir(), copied).CombinedOutput(); err != nil {
@@ -430,9 +432,9 @@ func TestCopiedNode(t *testing.T) {
 			f.startAgent(t)
 			if stale {
 				renewed := strings.Count(f.agent.out.String(), "renewed the agent's SVID")
-				eventually(t, "the agent renews twice", func() error {
-					if n := strings.Count(f.agent.out.String(), "renewed the agent's SVID"); n < renewed+2 {
-						return fmt.Errorf("%d renewals", n-renewed)
+				eventually(t, "the agent renews", func() error {
+					if n := strings.Count(f.agent.out.String(), "renewed the agent's SVID"); n == renewed {
+						return fmt.Errorf("%d renewals", n)
 					}
 					return nil
 				})

@@ -2,13 +2,17 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"golang.org/x/sys/unix"
 )
 
@@ -20,7 +24,7 @@ func TestUnusableCache(t *testing.T) {
 		"truncated": func(t *testing.T, f *fleet) {
 			info, err := os.Stat(f.cache())
 			if err == nil {
-				err = os.Truncate(f.cache(), info.Size()/2)
+				err = os.Truncate(f.cache(), min(info.Size()/2, 16<<10)) // most of it has never been used
 			}
 			if err != nil {
 				t.Fatal(err)
@@ -80,9 +84,11 @@ func TestUnusableCache(t *testing.T) {
 
 			f.spawnAgent()
 			f.agentSays(t, "server") // it runs, and has come to the point of calling
-			if svid, err := fetch(t.Context(), f.workload); err == nil {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			if svid, err := fetch(ctx, f.workload); err == nil {
 				t.Errorf("%s is served from a cache that is not to be used", svid.ID)
 			}
+			cancel()
 			if !strings.Contains(f.agent.out.String(), "set the agent's cache aside") {
 				t.Errorf("it does not say that the cache was set aside:\n%s", f.agent.out.String())
 			}
@@ -95,7 +101,7 @@ func TestUnusableCache(t *testing.T) {
 
 			// And the new one is good.
 			f.server.stop(t)
-			f.agent.kill()
+			f.agent.stop(t)
 			f.spawnAgent()
 			f.served(t, "spiffe://example.org/api")
 		})
@@ -121,6 +127,25 @@ func onDisk(t *testing.T, extra string) *fleet {
 	f.entry(t, "--spiffe-id", "/api", "--selector", "unix:uid:0")
 	f.served(t, "spiffe://example.org/api")
 	return f
+}
+
+// manyEntries makes entries that no process here matches.
+func (f *fleet) manyEntries(t testing.TB, n int) {
+	t.Helper()
+	client := entryv1.NewEntryClient(dial(t, f.admin))
+	for from := 0; from < n; from += 100 {
+		req := &entryv1.BatchCreateEntryRequest{}
+		for i := from; i < min(from+100, n); i++ {
+			req.Entries = append(req.Entries, &types.Entry{
+				SpiffeId: protoID(fmt.Sprintf("/many-%d", i)), ParentId: protoID("/node/host-1"),
+				Selectors: []*types.Selector{{Type: "unix", Value: fmt.Sprintf("uid:%d", 100_000+i)}},
+			})
+		}
+		got, err := client.BatchCreateEntry(t.Context(), req)
+		if err != nil || got.Results[0].Status.Code != 0 {
+			t.Fatal(got, err)
+		}
+	}
 }
 
 // TestDiskFull: the agent goes on from memory and says so, and writes again when
@@ -149,6 +174,7 @@ func TestDiskFull(t *testing.T) {
 			w := f.askOn(t, nil)
 			f.entry(t, "--spiffe-id", "/full", "--selector", "unix:uid:4001")
 			f.got(t, 4001, "spiffe://example.org/full")
+			f.manyEntries(t, 500) // what the cache's file has room for comes to its end
 			f.agentSays(t, "no space")
 			if extra != "" {
 				first, err := agentStatus(t, f.agentAdmin)
