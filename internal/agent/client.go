@@ -162,7 +162,7 @@ func checkServer(chain []*x509.Certificate, td spiffeid.TrustDomain, roots []*x5
 		return fmt.Errorf("its certificate does not verify: %w%s", err, hint)
 	}
 	if old := expiredRoot(chain, roots, at); old != nil {
-		return fmt.Errorf("its certificate does not verify: it is by the root %s, which ended at %s%s", pinOf(old), stamp(old.NotAfter), clockHint([]*x509.Certificate{old}, at))
+		return fmt.Errorf("its certificate does not verify: it is by the root %s, which ended at %s, and this host takes it to be %s: if the clock is right (see `timedatectl`), join again: `spiffed token create` on the server, then `spiffed join STRING` here", pinOf(old), stamp(old.NotAfter), stamp(at))
 	}
 	if errors.As(err, &unknown) {
 		return &unknownRootError{err}

@@ -435,7 +435,10 @@ func TestCrashAtEachWrite(t *testing.T) {
 	}
 	for n := range writes {
 		for _, after := range []bool{false, true} {
-			t.Run(fmt.Sprintf("write %d, after it %t", n+1, after), func(t *testing.T) { lifeUntil(t, crash{n + 1, after}) })
+			t.Run(fmt.Sprintf("write %d, after it %t", n+1, after), func(t *testing.T) {
+				t.Parallel()
+				lifeUntil(t, crash{n + 1, after})
+			})
 		}
 	}
 }
@@ -449,7 +452,7 @@ func lifeUntil(t *testing.T, at crash) (writes int) {
 		f.agentTTL, f.svidTTL = 10*time.Minute, 24*time.Hour
 		f.add(testEntry(1))
 		cfg := config(t, f)
-		cfg.Rejoin = byKey
+		cfg.Rejoin, cfg.SyncInterval = byKey, time.Minute
 		n := prepare(t, f, cfg)
 		ctx, crashed := context.WithCancel(t.Context())
 		n.save = func(id *identity) error {
@@ -478,7 +481,7 @@ func lifeUntil(t *testing.T, at crash) (writes int) {
 			case <-time.After(d):
 			}
 		}
-		pass(20 * time.Minute) // some renewals
+		pass(12 * time.Minute) // some renewals
 		lost := 0
 		f.set(func() {
 			f.after = func(m string) error {
@@ -491,15 +494,15 @@ func lifeUntil(t *testing.T, at crash) (writes int) {
 		})
 		pass(10 * time.Minute)
 		f.goDown(true)
-		pass(time.Hour)
+		pass(15 * time.Minute)
 		f.goDown(false)
-		pass(20 * time.Minute)
+		pass(12 * time.Minute)
 		crashed()
 		<-done
 		n.hangUp()
 		f.goDown(false)
 
-		for _, gone := range []time.Duration{0, time.Hour, 0} {
+		for _, gone := range []time.Duration{0, 15 * time.Minute, 0} {
 			time.Sleep(gone)
 			if id, err := loadIdentity(n.path, td); err == nil && !id.agentID.IsZero() {
 				cfg.Prover = nil
