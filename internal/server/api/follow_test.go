@@ -448,7 +448,7 @@ func entry(id, parent, path string, selectors ...registry.Selector) *registry.En
 // agents were sent is what they may have, whenever nothing is under way; and that
 // they call again in between, or read slowly, makes no difference.
 func TestFollowAgainstIndex(t *testing.T) {
-	steps := 1500
+	steps := 800
 	if testing.Short() {
 		steps = 400
 	}
@@ -715,8 +715,79 @@ func TestFollowTogether(t *testing.T) {
 		if got := a.messages() - before; got > 2 {
 			t.Errorf("%d messages", got)
 		}
+		if last := a.last(1)[0]; last.GetDelta() == nil || last.Revision != r.rev {
+			t.Errorf("at revision %d the last message is %v", r.rev, last)
+		}
 		a.hangUp()
 	})
+}
+
+// TestMark: one entry that changes again and again is one.
+func TestMark(t *testing.T) {
+	f := &follower{}
+	for range 3 * maxPending {
+		f.mark([]string{"b", "a"})
+		if len(f.pending) > maxPending {
+			t.Fatalf("%d IDs are kept", len(f.pending))
+		}
+	}
+	if ids, all, _ := f.take(); !slices.Equal(ids, []string{"a", "b"}) || all {
+		t.Errorf("marked %v, all %v", ids, all)
+	}
+	f.mark(make([]string, maxPending+1))
+	f.mark([]string{"a"})
+	if ids, all, _ := f.take(); ids != nil || !all {
+		t.Errorf("marked %v, all %v", ids, all)
+	}
+	if ids, all, _ := f.take(); ids != nil || all {
+		t.Errorf("marked %v, all %v after it was taken", ids, all)
+	}
+}
+
+// TestInstances: who is thought to be what, as far as no stream is needed for it.
+func TestInstances(t *testing.T) {
+	s := NewState()
+	n := testNode("/spire/agent/x/1")
+	apply := func(c registry.Change) {
+		if err := s.Apply(c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	apply(registry.Change{Reset: true, Nodes: []*registry.Node{n}})
+	follow := func(instance string) *follower {
+		f, err := s.follow(n.ID, instance)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	one, two := follow("one"), follow("two")
+	again := follow("one")
+	if one.ended != errSuperseded || two.ended != nil || one.returned || two.returned || !again.returned {
+		t.Errorf("one %+v, two %+v, one again %+v", one, two, again)
+	}
+	s.confirmCopy(again) // also if that could not be stored
+	if three := follow("three"); two.ended != nil || again.ended != nil || three.returned {
+		t.Errorf("after the copy is known: two %+v, one %+v, three %+v", two, again, three)
+	}
+	for i := range 5 * maxInstances {
+		s.unfollow(follow(fmt.Sprint(i)))
+	}
+	if n := len(s.followers.agents[n.ID].instances); n > maxInstances {
+		t.Errorf("%d instances are kept", n)
+	}
+	// Another life of the node, before the streams of the one before have ended.
+	apply(registry.Change{DeletedNodes: []spiffeid.ID{n.ID}})
+	if _, err := s.follow(n.ID, "one"); status.Code(err) != codes.Unavailable {
+		t.Errorf("following without a node: %v", err)
+	}
+	apply(registry.Change{Nodes: []*registry.Node{n}})
+	if one := follow("one"); one.returned {
+		t.Error("an eviction did not end what was thought of the processes")
+	}
+	if two := follow("two"); two.returned || again.ended == nil {
+		t.Error("an eviction did not end that there is a copy")
+	}
 }
 
 // TestOneAmongMany counts what a changed entry among 100,000 costs: of 1,000
@@ -977,6 +1048,14 @@ func TestFollowExpiry(t *testing.T) {
 		a.check("at its end")
 		if len(a.have) != 0 {
 			t.Error("the entry is still there")
+		}
+		// One that comes when its end is past already counts as well.
+		time.Sleep(5 * time.Second)
+		past := entry("past", "/spire/agent/x/1", "/past")
+		past.ExpiresAt = now().Add(-time.Second)
+		r.put(past)
+		if got := r.state.lastEnd; got != past.ExpiresAt.Unix() {
+			t.Errorf("the last end is %d, want %d", got, past.ExpiresAt.Unix())
 		}
 		// Nobody can set this clock back; that it was ahead looks the same.
 		later := e.Clone()
@@ -1366,52 +1445,69 @@ func TestFollowLarge(t *testing.T) {
 // FuzzFollow plays any requests. Whatever comes, the stream ends, nobody is left
 // following, and what was sent is the agent's own.
 func FuzzFollow(f *testing.F) {
-	f.Add([]byte{0})
-	f.Add([]byte{0, 1, 2, 3, 4, 5})
-	f.Add([]byte{0, 2, 2, 2, 2, 1})
-	f.Add([]byte{6, 2})
+	r := newPushRig(f)
+	r.pushing.limit = nil
+	n := testNode("/spire/agent/x/1")
+	r.apply(registry.Change{Reset: true, Nodes: []*registry.Node{n, testNode("/spire/agent/x/2")}})
+	r.put(entry("mine", "/spire/agent/x/1", "/w"), entry("mine2", "/spire/agent/x/1", "/w"), entry("other", "/spire/agent/x/2", "/w"))
+	for _, seed := range [][]byte{{0}, {0, 1, 2, 3, 4, 5}, {0, 2, 2, 2, 2, 1}, {6, 2}, {0, 1}, {5, 1}} {
+		f.Add(seed)
+	}
 	f.Fuzz(func(t *testing.T, script []byte) {
-		synctest.Test(t, func(t *testing.T) {
-			r := newPushRig(t)
-			n := testNode("/spire/agent/x/1")
-			r.apply(registry.Change{Reset: true, Nodes: []*registry.Node{n, testNode("/spire/agent/x/2")}})
-			r.put(entry("mine", "/spire/agent/x/1", "/w"), entry("mine2", "/spire/agent/x/1", "/w"), entry("other", "/spire/agent/x/2", "/w"))
-			var requests []*syncv1.FollowRequest
-			for _, op := range script[:min(len(script), 10)] {
-				switch op % 8 {
-				case 0:
-					requests = append(requests, helloRequest())
-				case 1:
-					requests = append(requests, wantRequest("mine"))
-				case 2:
-					requests = append(requests, wantRequest("other", "mine"))
-				case 3:
-					requests = append(requests, &syncv1.FollowRequest{})
-				case 4:
-					requests = append(requests, wantRequest())
-				case 5:
-					requests = append(requests, helloRequest(func(h *syncv1.Hello) { h.Instance = "two"; h.Revision = 1 << 40 }))
-				default: // whatever the rest of it is
-					req := &syncv1.FollowRequest{}
-					if proto.Unmarshal(script, req) == nil {
-						requests = append(requests, req)
-					}
+		var requests []*syncv1.FollowRequest
+		for _, op := range script[:min(len(script), 10)] {
+			switch op % 8 {
+			case 0:
+				requests = append(requests, helloRequest())
+			case 1:
+				requests = append(requests, wantRequest("mine"))
+			case 2:
+				requests = append(requests, wantRequest("other", "mine"))
+			case 3:
+				requests = append(requests, &syncv1.FollowRequest{})
+			case 4:
+				requests = append(requests, wantRequest())
+			case 5:
+				requests = append(requests, helloRequest(func(h *syncv1.Hello) { h.Revision = 1 << 40 }))
+			default: // whatever the rest of it is
+				req := &syncv1.FollowRequest{}
+				if proto.Unmarshal(script, req) == nil {
+					requests = append(requests, req)
 				}
 			}
-			got, err := r.play(n, requests...)
-			if code := status.Code(err); code != codes.OK && code != codes.InvalidArgument {
-				t.Errorf("ended with %v", err)
+		}
+		s, end := r.newStream(cert(n.ID, 1), "192.0.2.1:1")
+		defer s.cancel()
+		if len(requests) == 0 {
+			close(s.in)
+		}
+		for {
+			in, req := s.in, (*syncv1.FollowRequest)(nil)
+			if len(requests) > 0 {
+				req = requests[0]
+			} else {
+				in = nil
 			}
-			for _, resp := range got {
+			select {
+			case in <- req:
+				if requests = requests[1:]; len(requests) == 0 {
+					close(s.in)
+				}
+			case resp := <-s.out:
 				for _, e := range slices.Concat(resp.GetEntries().GetEntries(), resp.GetDelta().GetEntries()) {
 					if e.Id == "other" {
 						t.Error("an entry of another agent")
 					}
 				}
+			case err := <-end:
+				if code := status.Code(err); code != codes.OK && code != codes.InvalidArgument {
+					t.Errorf("ended with %v", err)
+				}
+				if n := r.state.Followers(); n != 0 {
+					t.Errorf("%d followers are left", n)
+				}
+				return
 			}
-			if n := r.state.Followers(); n != 0 {
-				t.Errorf("%d followers are left", n)
-			}
-		})
+		}
 	})
 }
