@@ -150,7 +150,7 @@ func clockHint(certs []*x509.Certificate, at time.Time) string {
 		default:
 			continue
 		}
-		return fmt.Sprintf(" (a certificate %s, and this host's clock says %s: the clock may be wrong, see `timedatectl`)", off, stamp(at))
+		return fmt.Sprintf(" (a certificate %s, and by this host it is %s: the clock may be wrong, see `timedatectl`)", off, stamp(at))
 	}
 	return ""
 }

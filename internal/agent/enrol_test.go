@@ -135,10 +135,10 @@ func TestStrangers(t *testing.T) {
 			tmpl := svidTemplate(spiffeid.RequireFromPath(td, "/spire/server"), 48*time.Hour)
 			tmpl.NotBefore = time.Now().Add(5 * time.Hour)
 			f.setIdentity(tmpl)
-		}, []string{"2000-01-01T05:00:", "this host's clock says 2000-01-01T00:0", "the clock may be wrong"}},
+		}, []string{"2000-01-01T05:00:", "by this host it is 2000-01-01T00:0", "the clock may be wrong"}},
 		{"a certificate of yesterday", func(t *testing.T, f *fakeServer, cfg *Config) {
 			f.setIdentity(svidTemplate(spiffeid.RequireFromPath(td, "/spire/server"), -5*time.Hour))
-		}, []string{"ended at 1999-12-31T19:00:", "this host's clock says 2000-01-01T00:0", "the clock may be wrong"}},
+		}, []string{"ended at 1999-12-31T19:00:", "by this host it is 2000-01-01T00:0", "the clock may be wrong"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

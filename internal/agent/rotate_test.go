@@ -174,7 +174,7 @@ func TestHostileSVIDs(t *testing.T) {
 		{"expired", func(_ *fakeServer, tmpl *x509.Certificate) { tmpl.NotAfter = time.Now() }, nil, "expired"},
 		{"hours ahead", func(_ *fakeServer, tmpl *x509.Certificate) {
 			tmpl.NotBefore, tmpl.NotAfter = time.Now().Add(2*time.Hour), time.Now().Add(3*time.Hour)
-		}, nil, "this host's clock says"},
+		}, nil, "and by this host it is"},
 		{"a CA", func(_ *fakeServer, tmpl *x509.Certificate) { tmpl.IsCA = true }, nil, "CA flag"}, // X509-29
 		{"two URIs", func(_ *fakeServer, tmpl *x509.Certificate) { tmpl.URIs = append(tmpl.URIs, tmpl.URIs[0]) }, nil, "more than one URI"},
 		{"nothing", nil, func(*testing.T, *fakeServer, *types.X509SVID, crypto.PublicKey) *types.X509SVID { return nil }, "chain of 0"},
