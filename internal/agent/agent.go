@@ -114,6 +114,7 @@ type Agent struct {
 	nextSync   time.Time
 	warned     map[string]warning // malformed things already logged, and how
 	failing    *retry             // of steps
+	wellSince  time.Time          // no step failed since, with the monotonic reading; zero: the last one did
 
 	// Of Sync.Follow; owned by steer as well.
 	instance string        // of this process
@@ -351,14 +352,17 @@ func (a *Agent) steer(ctx context.Context) {
 		}
 		a.note(err)
 		if err == nil {
-			if a.stream == nil || time.Since(a.stream.since) > steady {
-				a.failing.reset()
-				a.failing.spread = a.spread()
+			if a.wellSince.IsZero() {
+				a.wellSince = time.Now()
+			}
+			if a.stream == nil || a.calm() {
+				a.relax()
 			}
 			refused.delay = refusedDelay
 			a.wait(ctx, a.nextStep(), true, clockSet)
 			continue
 		}
+		a.wellSince = time.Time{}
 		r := a.failing
 		if isRefusal(err) {
 			r = refused
@@ -533,9 +537,9 @@ func (a *Agent) wait(ctx context.Context, until time.Time, kicks bool, clockSet 
 		kick = nil // the server is away: asking more often helps nobody
 	}
 	var messages <-chan *syncv1.FollowResponse
-	var ended <-chan struct{}
+	var drained, ended <-chan struct{}
 	if f := a.stream; f != nil {
-		messages, ended = f.messages, f.ended
+		messages, drained, ended = f.messages, f.drained, f.ended
 	}
 	began := time.Now() // with the monotonic reading
 	for patience := until.Sub(a.now()); ; {
@@ -556,6 +560,9 @@ func (a *Agent) wait(ctx context.Context, until time.Time, kicks bool, clockSet 
 			if a.takeBurst(m); a.fresh {
 				return
 			}
+		case <-drained:
+			timer.Stop()
+			return
 		case <-ended:
 			timer.Stop()
 			return

@@ -40,6 +40,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
 
+	syncv1 "github.com/spiffed/spiffed/internal/api/spiffed/sync/v1"
 	"github.com/spiffed/spiffed/internal/attest/lastkey"
 )
 
@@ -159,6 +160,8 @@ type fakeServer struct {
 	entryv1.UnimplementedEntryServer
 	svidv1.UnimplementedSVIDServer
 
+	push *fakePush // nil: it does not push
+
 	t    testing.TB
 	ca   *testCA
 	addr string
@@ -212,6 +215,11 @@ const testToken = "token-1"
 // newFake makes a server for agents of the same test: on TCP, or in memory for
 // a synctest bubble.
 func newFake(t testing.TB, ca *testCA, tcp bool, keep ...keepalive.ServerParameters) *fakeServer {
+	t.Helper()
+	return makeFake(t, ca, tcp, nil, keep...)
+}
+
+func makeFake(t testing.TB, ca *testCA, tcp bool, push *fakePush, keep ...keepalive.ServerParameters) *fakeServer {
 	t.Helper()
 	// As SPIRE's server: agents must live with GOAWAY.
 	keep = append(keep, keepalive.ServerParameters{MaxConnectionAge: 3 * time.Minute})
@@ -281,6 +289,10 @@ func newFake(t testing.TB, ca *testCA, tcp bool, keep ...keepalive.ServerParamet
 	bundlev1.RegisterBundleServer(f.srv, f)
 	entryv1.RegisterEntryServer(f.srv, f)
 	svidv1.RegisterSVIDServer(f.srv, f)
+	if f.push = push; push != nil {
+		push.f = f
+		syncv1.RegisterSyncServer(f.srv, push)
+	}
 	var lis net.Listener
 	if tcp {
 		var err error

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"sync/atomic"
 	"time"
 
@@ -25,9 +26,12 @@ const (
 	// burst is for how long changes are gathered, so that many which come at once
 	// are signed and served together.
 	burst = 5 * time.Millisecond
-	// steady is how long a stream has to be in step before its end is a new
-	// trouble, and not the one before again.
+	// steady is how long an agent has to be in step before the end of a stream is a
+	// new trouble, and not the one before again.
 	steady = 10 * time.Second
+	// drainTime is over how long agents move from a connection that the server is
+	// about to end. gRPC ends it after a grace of 30 s.
+	drainTime = 15 * time.Second
 	// After maxStrikes of streams that make no sense, each within strikesWithin of
 	// the one before, and where a server does not push at all, it is polled for
 	// noPushFor.
@@ -50,13 +54,14 @@ type follow struct {
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
 	messages chan *syncv1.FollowResponse
+	drained  chan struct{} // closed when the stream is to move to another connection
 	ended    chan struct{} // closed when the reader has returned
 	err      error         // why it has; set before ended is closed
 	heard    atomic.Int64  // when the last message came by the wall clock, in milliseconds of Unix time
 
 	// Owned by steer.
 	talk  *talk
-	since time.Time // in step since, with the monotonic reading; zero: it is not yet
+	since time.Time // in step since; zero: it is not yet
 }
 
 // follow has the agent in step by the server's push when it returns nil. It is
@@ -93,6 +98,7 @@ func (a *Agent) openFollow(ctx context.Context, l *link) (*follow, error) {
 	f := &follow{
 		link: l, ctx: ctx, cancel: cancel,
 		messages: make(chan *syncv1.FollowResponse),
+		drained:  make(chan struct{}),
 		ended:    make(chan struct{}),
 		talk:     a.newTalk(hello),
 	}
@@ -108,6 +114,7 @@ func (a *Agent) openFollow(ctx context.Context, l *link) (*follow, error) {
 		return nil, err
 	}
 	go f.read(a)
+	go f.watchConn()
 	return f, nil
 }
 
@@ -151,6 +158,22 @@ func (f *follow) read(a *Agent) {
 			return
 		}
 		silence.Reset(maxSilence)
+	}
+}
+
+// watchConn notices that the server wants to end the connection, be it for its age
+// or because it stops. The stream goes on for a while, and does not wait for its
+// end; nor do all the streams of a server move at once.
+func (f *follow) watchConn() {
+	if !f.link.conn.WaitForStateChange(f.ctx, connectivity.Ready) {
+		return
+	}
+	timer := time.NewTimer(rand.N(drainTime))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		close(f.drained)
+	case <-f.ctx.Done():
 	}
 }
 
@@ -270,8 +293,11 @@ func (a *Agent) lost() error {
 	}
 	select {
 	case <-f.ended:
+	case <-f.drained:
+		a.unfollow()
+		return nil
 	default:
-		if quiet := a.now().Sub(time.UnixMilli(f.heard.Load())); quiet < maxSilence {
+		if quiet := a.now().Sub(time.UnixMilli(f.heard.Load())); quiet < maxSilence+lookAgain {
 			return nil
 		}
 		// The host was asleep, or its clock was set: no timer knows.
@@ -280,9 +306,8 @@ func (a *Agent) lost() error {
 		return nil
 	}
 	a.unfollow()
-	if time.Since(f.since) > steady && !f.since.IsZero() {
-		a.failing.reset()
-		a.failing.spread = a.spread()
+	if a.calm() {
+		a.relax()
 	}
 	if f.link.leaf != a.identity().chain[0] {
 		return nil // a server ends the streams of an SVID that was replaced
@@ -331,6 +356,16 @@ type noPush struct {
 func (a *Agent) mayFollow(l *link) bool {
 	n := &a.noPush
 	return time.Now().After(n.until) || n.link != nil && n.link != l
+}
+
+// calm says whether all has been well for a while, so that the next failure is a
+// new one.
+func (a *Agent) calm() bool { return !a.wellSince.IsZero() && time.Since(a.wellSince) > steady }
+
+// relax has the next failure taken for the first.
+func (a *Agent) relax() {
+	a.failing.reset()
+	a.failing.spread = a.spread()
 }
 
 // spread is over how long the agents of a server that is lost call it again.
