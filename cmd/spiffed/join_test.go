@@ -1,0 +1,118 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+const serverAlone = `
+[server]
+trust_domain = "example.org"
+listen = "127.0.0.1:0"
+data_dir = "%s/server"
+admin_socket = "%s/admin.sock"
+agent_ttl = "AGENT_TTL"
+`
+
+// joinString makes a join string of a running server.
+func joinString(t *testing.T, h *host) string {
+	t.Helper()
+	token, err := h.server.MakeToken(t.Context(), time.Hour, spiffeid.ID{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	join, err := tokens(h.cfg.Server.TrustDomain, h.ca).Join([]string{h.server.Addr().String()}, token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return join
+}
+
+// A node that was joined before is joined again with a new string: at once when
+// its identity is of no use any more, and with --force when it may still be.
+func TestJoinAgain(t *testing.T) {
+	t.Parallel()
+	first, second := testHost(t, strings.Replace(serverAlone, "AGENT_TTL", "1s", 1)), testHost(t, strings.Replace(serverAlone, "AGENT_TTL", "1h", 1))
+	runHost(t, first)
+	runHost(t, second)
+	dir := t.TempDir()
+	o := joinOptions{config: filepath.Join(dir, "spiffed.toml"), dataDir: filepath.Join(dir, "agent"), timeout: time.Minute}
+	join := func(text string) (id string, err error) {
+		t.Helper()
+		var stdout, stderr bytes.Buffer
+		c := &cli{stdout: &stdout, stderr: &stderr, output: "json"}
+		if err := c.join(t.Context(), text, o); err != nil {
+			if strings.Contains(err.Error(), text) || strings.Contains(stderr.String(), text) {
+				t.Errorf("the join string is shown: %v", err)
+			}
+			return "", err
+		}
+		var out struct {
+			AgentID string `json:"agent_id"`
+			Config  string
+			DataDir string `json:"data_dir"`
+		}
+		if err := json.Unmarshal(stdout.Bytes(), &out); err != nil || out.Config != o.config || out.DataDir != o.dataDir {
+			t.Errorf("%v, %s", err, stdout.String())
+		}
+		return out.AgentID, nil
+	}
+	before, err := join(joinString(t, first))
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, err := os.ReadFile(o.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// What the operator has added stays, as long as the rest fits.
+	config = append(config, "# mine\n[log]\nlevel = \"debug\"\n"...)
+	if err := os.WriteFile(o.config, config, 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	// Its SVID lasts for a second; until then it could come back by itself.
+	again := joinString(t, first)
+	after, err := join(again)
+	for err != nil && strings.Contains(err.Error(), "holds the identity of a node that is enrolled already") {
+		after, err = join(again)
+	}
+	if err != nil || after == before {
+		t.Fatalf("%q after %q, %v", after, before, err)
+	}
+	if got, err := os.ReadFile(o.config); err != nil || !bytes.Equal(got, config) {
+		t.Errorf("the configuration is now\n%s%v", got, err)
+	}
+
+	// Another server, of another root: this is what a root that was replaced
+	// meanwhile looks like. The configuration names the first one.
+	other := joinString(t, second)
+	_, err = join(other)
+	if hint := (hinted{}); err == nil || !strings.Contains(err.Error(), "exists already") || !errors.As(err, &hint) || !strings.Contains(hint.hint, "--force") {
+		t.Fatalf("%v", err)
+	}
+	o.force = true
+	moved, err := join(other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(o.config); err != nil || !strings.Contains(string(got), second.server.Addr().String()) || strings.Contains(string(got), "# mine") {
+		t.Errorf("the configuration is now\n%s%v", got, err)
+	}
+	o.force = false
+
+	// One that is good is not lost by mistake.
+	another := joinString(t, second)
+	_, err = join(another)
+	if hint := (hinted{}); err == nil || !strings.Contains(err.Error(), moved) || !errors.As(err, &hint) || !strings.Contains(hint.hint, "--force makes this machine another node") {
+		t.Fatalf("%v", err)
+	}
+}
