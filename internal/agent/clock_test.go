@@ -196,7 +196,7 @@ func TestBootIn1970(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, n, cfg, host := aged(t)
 		n.stop()
-		cfg.Clock = host.clock(time.Unix(0, 0).Sub(time.Now()))
+		cfg.Clock = host.clock(time.Until(time.Unix(0, 0)))
 		n = start(t, f, cfg)
 		time.Sleep(time.Minute)
 		if p := n.cfg.Clock.Problem(); n.link == nil || !strings.Contains(p, "says 1970-01-01T00:0") {
@@ -209,7 +209,7 @@ func TestBootIn1970(t *testing.T) {
 		tomorrow.NotBefore = time.Now().Add(5 * time.Hour)
 		f.setIdentity(tomorrow)
 		n.stop()
-		cfg.Clock = host.clock(time.Unix(0, 0).Sub(time.Now()))
+		cfg.Clock = host.clock(time.Until(time.Unix(0, 0)))
 		n = start(t, f, cfg)
 		time.Sleep(time.Minute)
 		n.says("is valid only from 2000-01-01T06:", "; this host's clock says 1970-01-01T00:00:", "set it, see `timedatectl`")

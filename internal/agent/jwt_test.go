@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"crypto"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -11,7 +12,11 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
 	"github.com/spiffed/spiffed/internal/registry"
@@ -230,6 +235,73 @@ func TestHostileJWTs(t *testing.T) {
 	}
 }
 
+// A JWT-SVID is judged by the time that the agent goes by, not by the wall clock,
+// and what a workload's library would refuse is not handed out.
+func TestCheckJWT(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := newTestCA(t, td)
+		e, err := entryFromProto(testEntry(1), td)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bundle, err := bundleFromProto(ca.bundle(t), td, func(string, error) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		sign := func(typ string, claims map[string]any) string {
+			opts := &jose.SignerOptions{}
+			if typ != "" {
+				opts.WithType(jose.ContentType(typ))
+			}
+			signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: ca.jwtKey, KeyID: ca.jwtID}}, opts)
+			if err != nil {
+				t.Fatal(err)
+			}
+			token, err := jwt.Signed(signer).Claims(claims).Serialize()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return token
+		}
+		at := time.Now().Add(40 * 24 * time.Hour) // far from the wall clock
+		in := func(d time.Duration) int64 { return at.Add(d).Unix() }
+		good := func() map[string]any {
+			return map[string]any{"sub": "spiffe://example.org/1", "aud": []string{"a"}, "exp": in(time.Hour), "iat": in(0)}
+		}
+		for name, tt := range map[string]struct {
+			typ    string
+			change func(map[string]any)
+			want   string // "": it is good
+		}{
+			"good":                  {"JWT", func(map[string]any) {}, ""},
+			"JOSE":                  {"JOSE", func(map[string]any) {}, ""},
+			"no type":               {"", func(map[string]any) {}, ""},
+			"no iat":                {"JWT", func(c map[string]any) { delete(c, "iat") }, ""},
+			"one audience":          {"JWT", func(c map[string]any) { c["aud"] = "a" }, ""},
+			"a little ahead":        {"JWT", func(c map[string]any) { c["iat"], c["nbf"] = in(50*time.Second), in(50*time.Second) }, ""},
+			"another type":          {"at+jwt", func(map[string]any) {}, "its type is"},
+			"ended by this clock":   {"JWT", func(c map[string]any) { c["exp"] = in(-time.Second) }, "it expired at 2000-02-09T23:59:59Z"},
+			"good by the wall only": {"JWT", func(c map[string]any) { c["exp"], c["iat"] = time.Now().Add(time.Hour).Unix(), time.Now().Unix() }, "it expired at"},
+			"no end":                {"JWT", func(c map[string]any) { delete(c, "exp") }, "no end"},
+			"of tomorrow":           {"JWT", func(c map[string]any) { c["iat"] = in(24 * time.Hour); c["exp"] = in(25 * time.Hour) }, "issued in the future"},
+			"not before tomorrow":   {"JWT", func(c map[string]any) { c["nbf"] = in(24 * time.Hour); c["exp"] = in(25 * time.Hour) }, "not valid yet"},
+			"no subject":            {"JWT", func(c map[string]any) { delete(c, "sub") }, "its subject"},
+			"a subject that is not": {"JWT", func(c map[string]any) { c["sub"] = "spiffe://example.org/1?x" }, "its subject"},
+			"an end in words":       {"JWT", func(c map[string]any) { c["exp"] = "tomorrow" }, "claims are not good"},
+		} {
+			claims := good()
+			tt.change(claims)
+			got, err := checkJWT(sign(tt.typ, claims), e, []string{"a"}, bundle, at)
+			switch {
+			case tt.want == "" && err != nil, tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)):
+				t.Errorf("%s: %v", name, err)
+			case err == nil && (!got.ExpiresAt.Equal(at.Add(time.Hour)) || got.ID != e.SPIFFEID || !got.renewAt.Equal(at.Add(30*time.Minute))):
+				t.Errorf("%s: %+v", name, got)
+			}
+		}
+	})
+}
+
 // Many who ask at once cost one call.
 func TestJWTCrowd(t *testing.T) {
 	f := newFake(t, newTestCA(t, td), true)
@@ -276,6 +348,7 @@ func FuzzJWT(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
+	keys := jwtbundle.FromJWTAuthorities(td, map[string]crypto.PublicKey{ca.jwtID: ca.jwtKey.Public()})
 	good := ca.jwt(f, e.SPIFFEID, []string{"a"}, 24*time.Hour).Token
 	f.Add(good)
 	f.Add(ca.jwt(f, e.SPIFFEID, []string{"b"}, 24*time.Hour).Token)
@@ -285,6 +358,11 @@ func FuzzJWT(f *testing.F) {
 		svid, err := checkJWT(token, e, []string{"a"}, bundle, time.Now())
 		if err == nil && (svid.ID != e.SPIFFEID || !strings.HasPrefix(token, good[:strings.LastIndex(good, ".")])) {
 			t.Errorf("took %q", token)
+		}
+		if err == nil {
+			if _, err := jwtsvid.ParseAndValidate(token, keys, []string{"a"}); err != nil {
+				t.Errorf("took %q, and a workload would not: %v", token, err)
+			}
 		}
 	})
 }

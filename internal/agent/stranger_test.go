@@ -216,7 +216,7 @@ func TestCrossCertificateInAnSVID(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 				continue
 			}
-			if d := expiry(got.chain).Sub(time.Now()).Round(time.Second); len(got.chain) != tt.kept || d != tt.ends {
+			if d := time.Until(expiry(got.chain)).Round(time.Second); len(got.chain) != tt.kept || d != tt.ends {
 				t.Errorf("%s: %d certificates, and it ends in %s", name, len(got.chain), d)
 			}
 		}
