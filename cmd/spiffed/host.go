@@ -182,11 +182,14 @@ func (h *host) buildAgent(ctx context.Context) error {
 	settings.Log = h.log
 	settings.Rejoin = rejoin
 	settings.Clock = clock.New(clock.Config{Floor: clock.BuildTime()})
-	h.cache, settings.CacheProblem = openCache(ctx, cfg.DataDir, settings.TrustDomain, h.log)
+	// A node that cannot be in does not touch the cache of the one that was.
+	if id, err := agent.StoredID(cfg.DataDir, settings.TrustDomain); err == nil && (settings.Prover != nil || !id.IsZero()) {
+		h.cache, settings.CacheProblem = openCache(ctx, cfg.DataDir, settings.TrustDomain, h.log)
+		settings.Cache = h.cache
+	}
 	if h.cache != nil {
 		h.closeOnFailed = append(h.closeOnFailed, h.cache)
 	}
-	settings.Cache = h.cache
 	if h.agent, err = agent.New(*settings); err != nil {
 		return err
 	}
