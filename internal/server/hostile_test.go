@@ -5,14 +5,17 @@ import (
 	"crypto/x509"
 	"encoding/binary"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc/credentials"
 )
 
 // rss is the memory of this process in MB.
@@ -157,4 +160,43 @@ func TestManyStrangers(t *testing.T) {
 	if !strings.Contains(r.logs.String(), "connections without an SVID") {
 		t.Error("nothing is logged of it")
 	}
+}
+
+// anonymous lets everybody in without a certificate, as TLS does that asks for none.
+type anonymous struct {
+	credentials.TransportCredentials
+}
+
+func (anonymous) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return raw, credentials.TLSInfo{}, nil
+}
+
+// A connection without an SVID does not live as long as an agent's: those that
+// are silent are not to keep others out.
+func TestStrangersAge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStrangers(anonymous{}, slog.New(slog.DiscardHandler))
+		near, far := net.Pipe()
+		defer far.Close()
+		conn, _, err := s.ServerHandshake(near)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan error, 1)
+		go func() {
+			_, err := conn.Read(make([]byte, 1))
+			conn.Close() // as gRPC does then
+			ended <- err
+		}()
+		time.Sleep(maxStrangerAge - time.Second)
+		synctest.Wait()
+		if len(ended) != 0 || s.known.n != 1 {
+			t.Errorf("after %s: ended %v, %d are counted", maxStrangerAge-time.Second, len(ended) != 0, s.known.n)
+		}
+		time.Sleep(2 * time.Second)
+		synctest.Wait()
+		if len(ended) != 1 || s.known.n != 0 {
+			t.Errorf("after its time: ended %v, %d are counted", len(ended) != 0, s.known.n)
+		}
+	})
 }

@@ -136,6 +136,9 @@ func New(cfg Config) (*Server, error) {
 		// They bound what a stream holds before it is read, and no more.
 		grpc.StaticStreamWindowSize(window), grpc.StaticConnWindowSize(window),
 		// Goroutines that live on keep the stacks that signing has grown.
+		// Most connections are an agent's that waits for news. A small buffer costs
+		// no system call more, since TLS has one of its own.
+		grpc.ReadBufferSize(4<<10),
 		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
 	)
 	s.admin = grpc.NewServer(

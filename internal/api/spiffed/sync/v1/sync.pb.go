@@ -121,8 +121,9 @@ type Hello struct {
 	// The revision the agent has seen last; 0: none. A server that is behind it
 	// has been restored from an older backup, and says so in its log.
 	Revision int64 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
-	// Random, made when the agent's process started. One process that comes again
-	// after another one of the same agent tells the server that there are two.
+	// Random, made when the agent's process started; 1 to 64 bytes. One process that
+	// comes again after another one of the same agent tells the server that there
+	// are two.
 	Instance      string `protobuf:"bytes,4,opt,name=instance,proto3" json:"instance,omitempty"`
 	AgentVersion  string `protobuf:"bytes,5,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -194,8 +195,8 @@ func (x *Hello) GetAgentVersion() string {
 	return ""
 }
 
-// Want asks for entries that Revisions named, at most 500 at a time; the next
-// only after the Entries for these have come.
+// Want asks for entries that Revisions named, each once, at most 500 at a time;
+// the next only after the Entries for these have come.
 type Want struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ids           []string               `protobuf:"bytes,1,rep,name=ids,proto3" json:"ids,omitempty"`
@@ -245,7 +246,8 @@ type FollowResponse struct {
 	// The server's wall clock when it sent this, in milliseconds of Unix time.
 	ServerTimeMs int64 `protobuf:"varint,1,opt,name=server_time_ms,json=serverTimeMs,proto3" json:"server_time_ms,omitempty"`
 	// The revision of the registry that the agent is at when it has taken this
-	// message. Within a stream it never falls.
+	// message, and what it still has to ask for of Revisions. 0: of none yet. Within a
+	// stream it never falls.
 	Revision int64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
 	// Types that are valid to be assigned to Body:
 	//
@@ -781,7 +783,8 @@ func (x *Delta) GetMore() bool {
 	return false
 }
 
-// KeepAlive comes at least every 20 seconds if nothing else does.
+// KeepAlive comes at least every 20 seconds if nothing else does, and every minute
+// if something does.
 type KeepAlive struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Should this server be lost, the agent is to wait a random part of this long

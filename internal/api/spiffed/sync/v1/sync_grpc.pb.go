@@ -36,12 +36,23 @@ type SyncClient interface {
 	// ones, or else with Revisions; of those the agent asks for what it lacks
 	// (Want), and is sent it (Entries). After Unchanged, or the Revisions and what
 	// was wanted of them, come Deltas as the registry changes, and KeepAlive when
-	// nothing did.
+	// nothing did. The first KeepAlive comes at once.
+	//
+	// Nothing waits until the agent has fetched all: Deltas and KeepAlives come in
+	// between Wants and Entries. An entry that Revisions named and a Delta brings
+	// need not be asked for any more, and one that a Delta removes is not to be
+	// waited for. Of two messages that say something of one entry the later is right,
+	// also if its revision number is one that the agent has: a server that has been
+	// restored from a backup sends all in a Delta to who has seen more than it.
 	//
 	// Who may have what is decided anew for each message. An agent that is banned
 	// or evicted is told so (PermissionDenied with spire.api.types
 	// PermissionDeniedDetails) within the stream. A server that stops, or has
-	// another reason to have the agent call again, ends it with Unavailable.
+	// another reason to have the agent call again, ends it with Unavailable; so it
+	// does when the agent has called again, and when it does not read for minutes.
+	// ResourceExhausted: it calls too often, or has too many streams open.
+	// InvalidArgument: it does not keep to this. If the agent closes its half, the
+	// stream ends.
 	Follow(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FollowRequest, FollowResponse], error)
 }
 
@@ -76,12 +87,23 @@ type SyncServer interface {
 	// ones, or else with Revisions; of those the agent asks for what it lacks
 	// (Want), and is sent it (Entries). After Unchanged, or the Revisions and what
 	// was wanted of them, come Deltas as the registry changes, and KeepAlive when
-	// nothing did.
+	// nothing did. The first KeepAlive comes at once.
+	//
+	// Nothing waits until the agent has fetched all: Deltas and KeepAlives come in
+	// between Wants and Entries. An entry that Revisions named and a Delta brings
+	// need not be asked for any more, and one that a Delta removes is not to be
+	// waited for. Of two messages that say something of one entry the later is right,
+	// also if its revision number is one that the agent has: a server that has been
+	// restored from a backup sends all in a Delta to who has seen more than it.
 	//
 	// Who may have what is decided anew for each message. An agent that is banned
 	// or evicted is told so (PermissionDenied with spire.api.types
 	// PermissionDeniedDetails) within the stream. A server that stops, or has
-	// another reason to have the agent call again, ends it with Unavailable.
+	// another reason to have the agent call again, ends it with Unavailable; so it
+	// does when the agent has called again, and when it does not read for minutes.
+	// ResourceExhausted: it calls too often, or has too many streams open.
+	// InvalidArgument: it does not keep to this. If the agent closes its half, the
+	// stream ends.
 	Follow(grpc.BidiStreamingServer[FollowRequest, FollowResponse]) error
 	mustEmbedUnimplementedSyncServer()
 }
