@@ -214,8 +214,8 @@ func (r *realSystem) waitForAll() {
 	})
 }
 
-// SetReady takes away all that the agent serves from: it starts anew, and finds
-// no server.
+// SetReady takes away all that the agent serves from: it starts anew, has no cache
+// and finds no server.
 func (r *realSystem) SetReady(ready bool) {
 	r.t.Helper()
 	if ready {
@@ -225,6 +225,9 @@ func (r *realSystem) SetReady(ready bool) {
 	}
 	r.agent.stop(r.t)
 	r.server.stop(r.t)
+	if err := os.Remove(filepath.Join(r.agentDir(), "cache.db")); err != nil {
+		r.t.Fatal(err)
+	}
 	r.agent = start(r.fleet.t, "agent", "run", "--config", r.agentConfig)
 	health := grpc_health_v1.NewHealthClient(dial(r.t, r.workload))
 	eventually(r.t, "the agent listens", func() error {
