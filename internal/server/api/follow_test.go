@@ -1054,6 +1054,7 @@ func TestFollowExpiry(t *testing.T) {
 		past := entry("past", "/spire/agent/x/1", "/past")
 		past.ExpiresAt = now().Add(-time.Second)
 		r.put(past)
+		synctest.Wait()
 		if got := r.state.lastEnd; got != past.ExpiresAt.Unix() {
 			t.Errorf("the last end is %d, want %d", got, past.ExpiresAt.Unix())
 		}
