@@ -402,6 +402,39 @@ func TestDiskTakesNothing(t *testing.T) {
 	})
 }
 
+// The disk takes the next key, and then not the SVID for it, time and again: that
+// SVID is not used, since its first use would end the key that a restart is with.
+func TestDiskFillsDuringRenewal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, newTestCA(t, td), false)
+		n, cfg := enrolled(t, f)
+		n.stop()
+		key := n.identity().key
+		for range 2 {
+			n = prepare(t, f, cfg)
+			n.save = func(id *identity) error {
+				if !sameKey(key.Public(), id.key) {
+					return syscall.ENOSPC
+				}
+				return id.save(n.path)
+			}
+			n.run()
+			<-n.Ready()
+			for range 30 {
+				time.Sleep(time.Minute)
+				if !sameKey(key.Public(), n.identity().key) {
+					t.Fatal("a key is used that a restart would not be with")
+				}
+				n.await(uid("1"), "an SVID", identities(1))
+			}
+			if !n.identity().usable(time.Now()) {
+				t.Error("the agent did not come back")
+			}
+			n.stop()
+		}
+	})
+}
+
 // A folder that cannot be written, from the start on.
 func TestReadOnlyFolder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
