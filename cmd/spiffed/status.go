@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -260,16 +259,16 @@ func (s *agentStatusJSON) print(w io.Writer) {
 		server += ", tells of changes as they happen (push)"
 	case "poll":
 		server += ", is asked for changes now and then (poll)"
+	default:
+		server += ", not connected"
 	}
 	svids := fmt.Sprint(s.SVIDs)
 	if s.ServedFromCache {
 		svids += ", from the cache: no server has been reached since the start"
 	}
 	lastError := s.LastError
-	for _, p := range s.Problems { // which are reported whole
-		if strings.Contains(p, lastError) {
-			lastError = ""
-		}
+	if len(s.Problems) > 0 {
+		lastError = "" // they tell of it, and what to do
 	}
 	printFields(w,
 		field{"Agent", state},

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"regexp"
 	"slices"
 	"sync"
 	"time"
@@ -255,7 +256,11 @@ func (a *Agent) problems(at time.Time, onItsOwn bool, svids []heldSVID) []Proble
 	case a.revoked != "":
 		add("the server does not let this node in", "%s", a.revoked)
 	case a.lastErr != nil:
-		add("not in step with the server", "not in step with the server (%s): %s%s", since, a.lastErr, meanwhile)
+		remedy := ""
+		if isAway(a.lastErr) && !isUntrusted(a.lastErr) {
+			remedy = "; check that the server runs and can be reached from here"
+		}
+		add("not in step with the server", "not in step with the server (%s): %s%s%s", since, plain(a.lastErr), meanwhile, remedy)
 	case onItsOwn:
 		add("not in step with the server", "not in step with the server yet (%s)%s", since, meanwhile)
 	}
@@ -264,10 +269,10 @@ func (a *Agent) problems(at time.Time, onItsOwn bool, svids []heldSVID) []Proble
 	case enrolled && !at.Before(expiry(a.id.chain)):
 		add("the agent's own SVID has expired", "the agent's own SVID expired at %s; as soon as a server answers, the agent asks to be let in again by its key", expiry(a.id.chain).UTC().Format(time.RFC3339))
 	case a.renewErr != nil:
-		add("the agent's own SVID was not renewed", "the agent's own SVID, good until %s, was not renewed: %s", expiry(a.id.chain).UTC().Format(time.RFC3339), a.renewErr)
+		add("the agent's own SVID was not renewed", "the agent's own SVID, good until %s, was not renewed: %s", expiry(a.id.chain).UTC().Format(time.RFC3339), plain(a.renewErr))
 	}
 	if a.pushErr != nil && a.lastErr == nil {
-		add("what the server pushes cannot be followed", "what the server pushes makes no sense, so it is polled for a while: %s; are both of the same version?", a.pushErr)
+		add("what the server pushes cannot be followed", "what the server pushes makes no sense, so it is polled for a while: %s; are both of the same version?", plain(a.pushErr))
 	}
 	if a.storeErr != nil {
 		add("the node's identity is not on the disk", "the node's identity is in use and not on the disk: %s; after a restart the one before is used: make room in %q, or make it writable", a.storeErr, a.cfg.DataDir)
@@ -280,6 +285,12 @@ func (a *Agent) problems(at time.Time, onItsOwn bool, svids []heldSVID) []Proble
 	}
 	return out
 }
+
+// noise is what gRPC says around the reason of a failure.
+var noise = regexp.MustCompile(`rpc error: code = \w+ desc = |connection error: desc = |transport: (Error while dialing: )?`)
+
+// plain is an error as people want to read it.
+func plain(err error) string { return noise.ReplaceAllString(err.Error(), "") }
 
 // cacheState says in a few words how what is served is kept. mu is held.
 func (a *Agent) cacheState() string {

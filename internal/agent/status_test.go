@@ -64,6 +64,10 @@ func TestHealthInAnOutage(t *testing.T) {
 		default:
 		}
 
+		if text := h.Problems[0].Text; strings.Contains(text, "rpc error") || strings.Contains(text, "transport:") || !strings.Contains(text, "connection refused") || !strings.HasSuffix(text, "; check that the server runs and can be reached from here") {
+			t.Error(text)
+		}
+
 		// The agent's own SVID ends before those that it serves.
 		time.Sleep(time.Hour)
 		synctest.Wait()

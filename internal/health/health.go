@@ -122,7 +122,7 @@ func (e *endpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	for i, p := range e.probes {
 		wg.Go(func() {
 			report := p.ask(r.Context())
-			out.Roles[i] = roleAnswer{p.role.Name, status(report), report.Reasons, report.Since.UTC(), report.NextExpiry.UTC()}
+			out.Roles[i] = roleAnswer{p.role.Name, status(report), report.Reasons, report.Since.UTC().Truncate(time.Second), report.NextExpiry.UTC()}
 		})
 	}
 	wg.Wait()

@@ -62,7 +62,7 @@ func ask(t *testing.T, method, url string) (int, http.Header, string) {
 
 func TestAnswers(t *testing.T) {
 	t.Parallel()
-	since := time.Date(2026, 1, 2, 3, 4, 5, 0, time.FixedZone("", 3600))
+	since := time.Date(2026, 1, 2, 3, 4, 5, 6, time.FixedZone("", 3600))
 	well := Report{Live: true, Ready: true}
 	for name, tt := range map[string]struct {
 		roles       []Role
@@ -72,7 +72,7 @@ func TestAnswers(t *testing.T) {
 		body        string // of /ready
 	}{
 		"well": {[]Role{is("agent", well)}, 200, 200, "live", "ready", `{"status":"ready","roles":[{"role":"agent","status":"ready"}]}`},
-		"degraded": {[]Role{is("server", well), is("agent", Report{true, true, []string{"not in step with the server"}, since, since.Add(time.Hour)})}, 200, 200, "live", "degraded",
+		"degraded": {[]Role{is("server", well), is("agent", Report{true, true, []string{"not in step with the server"}, since, since.Truncate(time.Second).Add(time.Hour)})}, 200, 200, "live", "degraded",
 			`{"status":"degraded","roles":[{"role":"server","status":"ready"},{"role":"agent","status":"degraded","reasons":["not in step with the server"],"since":"2026-01-02T02:04:05Z","next_expiry":"2026-01-02T03:04:05Z"}]}`},
 		"not ready": {[]Role{is("agent", Report{Live: true, Reasons: []string{"enrolling"}}), is("server", well)}, 200, 503, "live", "not ready",
 			`{"status":"not ready","roles":[{"role":"agent","status":"not ready","reasons":["enrolling"]},{"role":"server","status":"ready"}]}`},
