@@ -366,6 +366,26 @@ func TestAttestsWhileEvicted(t *testing.T) {
 	}
 }
 
+// TestRevokedWhileAttesting: the token has let its first caller in, and is taken
+// back before there is a node.
+func TestRevokedWhileAttesting(t *testing.T) {
+	r := newRig(t)
+	token := r.token("web-1")
+	var once sync.Once
+	r.store.onPut(func(*registry.Node) {
+		once.Do(func() {
+			if _, err := adminv1.NewServerClient(r.admin).RevokeJoinToken(t.Context(), &adminv1.RevokeJoinTokenRequest{Id: token.Info.Id}); err != nil {
+				t.Error(err)
+			}
+		})
+	})
+	_, err := r.attest("join_token", token.Token, newCSR(t, newKey(t), nil), nil)
+	wantReason(t, "revoked meanwhile", err, types.PermissionDeniedDetails_AGENT_NOT_ATTESTED)
+	if nodes, err := r.store.ListNodes(t.Context(), "", 10); err != nil || len(nodes) != 0 {
+		t.Errorf("nodes %v, %v", nodes, err)
+	}
+}
+
 // TestBoundAndNeverIn: a caller bound the token to its key and hung up. The
 // operator can shut it out although there is no node to ban or evict.
 func TestBoundAndNeverIn(t *testing.T) {

@@ -170,7 +170,11 @@ func TestRejoin(t *testing.T) {
 	// It goes on as any other: renews, and may come back by the new key.
 	b := &agent{r, second, conn}
 	next := newKey(t)
+	b.change(func(n *registry.Node) { n.SeenAt = time.Now().Add(-30 * time.Minute) })
 	renewed := b.renew(next)
+	if n := b.record(); time.Since(n.SeenAt) > time.Minute {
+		t.Errorf("it renewed just now, and was last seen at %s", n.SeenAt)
+	}
 	if err := ping(t, r.dial(renewed)); err != nil {
 		t.Fatal(err)
 	}
@@ -453,6 +457,15 @@ func TestEvictedWhileRejoining(t *testing.T) {
 		"while it is asked": func(a *agent) error {
 			_, err := a.rejoinOn(r.dial(nil), a.svid.PrivateKey, func(c, b []byte) ([]byte, error) {
 				evict(a)
+				return lastkey.NewProver(a.svid.ID, a.svid.PrivateKey).Respond(t.Context(), c, b)
+			})
+			return err
+		},
+		"past this server": func(a *agent) error {
+			_, err := a.rejoinOn(r.dial(nil), a.svid.PrivateKey, func(c, b []byte) ([]byte, error) {
+				if err := r.store.Store.DeleteNode(t.Context(), a.svid.ID); err != nil {
+					t.Error(err)
+				}
 				return lastkey.NewProver(a.svid.ID, a.svid.PrivateKey).Respond(t.Context(), c, b)
 			})
 			return err

@@ -96,7 +96,7 @@ func (a *API) noteCopied(ctx context.Context, id spiffeid.ID, address, how strin
 // is used after that.
 func (a *API) suspectCopy(id spiffeid.ID, address, how string) {
 	n, ok := a.cfg.State.node(id)
-	if !ok || n.Banned {
+	if !ok {
 		return
 	}
 	c := &a.copies
