@@ -358,6 +358,15 @@ func (a *Agent) keepNow(ctx context.Context, s *snapshot, last bool) error {
 		}
 		k.records = map[string]any{} // it is empty now
 	}
+	if s.all.revoked {
+		if len(k.records) > 0 {
+			if err := c.Clear(ctx); err != nil {
+				return err
+			}
+			k.records = map[string]any{}
+		}
+		return nil
+	}
 	want := a.wanted(s.all, last)
 	put := map[string][]byte{}
 	var deleted []string
@@ -398,9 +407,6 @@ func (a *Agent) keepNow(ctx context.Context, s *snapshot, last bool) error {
 // the name of its record. A thing that is as it was is the same pointer.
 func (a *Agent) wanted(all *holdings, last bool) map[string]any {
 	want := make(map[string]any, len(all.known)+len(all.held)+len(all.federated)+2)
-	if all.revoked {
-		return want
-	}
 	bundles := map[spiffeid.TrustDomain]*fetchedBundle{a.cfg.TrustDomain: all.bundle}
 	maps.Copy(bundles, all.federated)
 	for td, b := range bundles {

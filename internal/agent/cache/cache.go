@@ -246,8 +246,8 @@ func (c *Cache) Load() map[string][]byte {
 	return out
 }
 
-// Bind makes the cache that of an agent, durably. If it was another's, all
-// records are deleted first.
+// Bind makes the cache that of an agent, durably. If it was another's, that is
+// cleared first.
 func (c *Cache) Bind(ctx context.Context, agentID spiffeid.ID) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -257,19 +257,54 @@ func (c *Cache) Bind(ctx context.Context, agentID spiffeid.ID) error {
 	if agentID.IsZero() || !agentID.MemberOf(c.cfg.TrustDomain) {
 		return fmt.Errorf("making the cache that of the agent %q: it is not of the trust domain %q", agentID, c.cfg.TrustDomain)
 	}
-	err := c.write(ctx, nil, slices.Collect(maps.Keys(c.names)))
-	if err == nil {
-		var plain, sealed []byte
-		if plain, err = json.Marshal(header{c.cfg.TrustDomain, agentID}); err != nil {
-			return err
-		}
-		if sealed, err = c.seal.seal(headerKey, plain); err != nil {
-			return err
-		}
-		err = c.commit(ctx, []store.Op{store.Put(headerKey, sealed)})
-	}
-	if err != nil {
+	if err := c.begin(ctx, agentID); err != nil {
 		return fmt.Errorf("making the cache that of the agent %q: %w", agentID, err)
+	}
+	return nil
+}
+
+// Clear deletes all records, and replaces the data key: what is left of them in
+// free places of the file cannot be read by anybody any more. After an error,
+// some of it may have been done, and the cache is nobody's or as it was.
+func (c *Cache) Clear(ctx context.Context) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.agent.IsZero() {
+		return nil
+	}
+	if err := c.begin(ctx, c.agent); err != nil {
+		return fmt.Errorf("clearing the agent's cache: %w", err)
+	}
+	return nil
+}
+
+// begin begins an empty cache for an agent. One that is killed after the data key
+// was replaced leaves a cache that does not fit its key: unusable, as it is to be.
+func (c *Cache) begin(ctx context.Context, agentID spiffeid.ID) error {
+	if err := c.write(ctx, nil, slices.Collect(maps.Keys(c.names))); err != nil {
+		return err
+	}
+	if !c.agent.IsZero() {
+		key, err := c.cfg.Key.Create(ctx)
+		if err != nil {
+			return err
+		}
+		if c.seal, err = newSealer(key.Data, c.cfg.TrustDomain); err != nil {
+			return err
+		}
+		// Nobody's until there is a header that the new key opens.
+		c.agent, c.opened, c.reached = spiffeid.ID{}, nil, key.Generation
+	}
+	plain, err := json.Marshal(header{c.cfg.TrustDomain, agentID})
+	if err != nil {
+		return err
+	}
+	sealed, err := c.seal.seal(headerKey, plain)
+	if err != nil {
+		return err
+	}
+	if err := c.commit(ctx, []store.Op{store.Put(headerKey, sealed)}); err != nil {
+		return err
 	}
 	c.agent, c.opened = agentID, nil
 	return nil
@@ -372,7 +407,7 @@ func (c *Cache) commit(ctx context.Context, ops []store.Op) error {
 
 // tellKey has the data key remember the generation that is durable.
 func (c *Cache) tellKey(ctx context.Context) {
-	if c.cfg.ReadOnly || c.durable == c.reached {
+	if c.cfg.ReadOnly || c.agent.IsZero() || c.durable == c.reached {
 		return
 	}
 	c.reachedAt = time.Now()

@@ -173,6 +173,103 @@ func TestBind(t *testing.T) {
 	closed(t, c)
 }
 
+// What was cleared can be read by nobody, even who finds it in free places of the
+// file: the key that opened it is gone.
+func TestClear(t *testing.T) {
+	dir := t.TempDir()
+	c := open(t, dir)
+	if err := c.Clear(t.Context()); err != nil {
+		t.Errorf("nothing to clear: %v", err)
+	}
+	bind(t, c)
+	write(t, c, map[string][]byte{"a": []byte("b")})
+	before, err := FileKey(keyPath(dir)).Load(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Clear(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	after, err := FileKey(keyPath(dir)).Load(t.Context())
+	if err != nil || bytes.Equal(before.Data, after.Data) || after.Generation != 0 {
+		t.Errorf("the key is the one before, or of generation %d: %v", after.Generation, err)
+	}
+	closed(t, c)
+	c = open(t, dir)
+	same(t, c.Load(), nil)
+	if c.AgentID() != agentID {
+		t.Errorf("it is of %q", c.AgentID())
+	}
+	want := map[string][]byte{"c": []byte("d")}
+	write(t, c, want)
+	closed(t, c)
+	same(t, open(t, dir).Load(), want)
+}
+
+// stubborn fails a write of its engine.
+type stubborn struct {
+	store.Engine
+	fail func(store.Batch) bool
+}
+
+func (e stubborn) Txn(ctx context.Context, b store.Batch) (bool, int64, error) {
+	if e.fail(b) {
+		return false, 0, store.ErrFull
+	}
+	return e.Engine.Txn(ctx, b)
+}
+
+// A clearing that is not finished leaves nothing that could be served, and can be
+// finished, by this process or the next.
+func TestClearIsCutShort(t *testing.T) {
+	isHeader := func(b store.Batch) bool { return b.Ops[0].Key == headerKey }
+	begun := func(t *testing.T) (*Cache, string) {
+		dir := t.TempDir()
+		c := bind(t, open(t, dir))
+		write(t, c, map[string][]byte{"a": []byte("b")})
+		engine := c.cfg.Engine
+		c.cfg.Engine = stubborn{engine, isHeader}
+		if err := c.Clear(t.Context()); !errors.Is(err, store.ErrFull) || !c.AgentID().IsZero() {
+			t.Fatalf("cut short: %v", err)
+		}
+		c.cfg.Engine = engine
+		if err := c.Write(t.Context(), map[string][]byte{"c": nil}, nil); err == nil {
+			t.Error("written without a header")
+		}
+		return c, dir
+	}
+	c, dir := begun(t)
+	bind(t, c)
+	want := map[string][]byte{"c": []byte("d")}
+	write(t, c, want)
+	closed(t, c)
+	same(t, open(t, dir).Load(), want)
+
+	c, dir = begun(t)
+	closed(t, c)
+	if c, err := tryOpen(dir, config(dir)); !errors.Is(err, ErrUnusable) {
+		t.Errorf("by the next process: %v, %v", c, err)
+	}
+
+	// The key cannot be replaced: then it stays.
+	dir = t.TempDir()
+	c = bind(t, open(t, dir))
+	write(t, c, map[string][]byte{"a": []byte("b")})
+	c.cfg.Key = fullKey{c.cfg.Key}
+	if err := c.Clear(t.Context()); err == nil {
+		t.Error("cleared")
+	}
+	write(t, c, want)
+	closed(t, c)
+	same(t, open(t, dir).Load(), want)
+}
+
+type fullKey struct{ Key }
+
+func (fullKey) Create(context.Context) (DataKey, error) {
+	return DataKey{}, errors.New("no space left")
+}
+
 // engineWith changes what lies in the engine.
 func engineWith(t testing.TB, dir string, change func(items map[string][]byte)) {
 	t.Helper()

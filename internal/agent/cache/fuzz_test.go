@@ -23,7 +23,8 @@ func FuzzSeal(f *testing.F) {
 	f.Add(headerKey, []byte{sealVersion})
 	f.Add(generationKey, append([]byte{sealVersion}, make([]byte, 28)...))
 	f.Fuzz(func(t *testing.T, key string, raw []byte) {
-		if plain, err := s.open(key, raw); err == nil && !(key == "r/svid/1" && bytes.Equal(raw, good)) {
+		// Each process that fuzzes has a good one of its own, with another nonce.
+		if plain, err := s.open(key, raw); err == nil && !(key == "r/svid/1" && string(plain) == "a key") {
 			t.Fatalf("opened %q to %q", key, plain)
 		}
 		sealed, err := s.seal(key, raw)

@@ -22,7 +22,8 @@ type Key interface {
 	// Load returns the data key. The error is fs.ErrNotExist if there is none,
 	// and ErrUnusable if there is one that must not or cannot be used.
 	Load(ctx context.Context) (DataKey, error)
-	// Create makes a new data key, of generation 0, durably.
+	// Create makes a new data key, of generation 0, durably. The one before, if
+	// there was one, is lost, unless it returns an error.
 	Create(ctx context.Context) (DataKey, error)
 	// Reached remembers durably, for the data key that was loaded or created,
 	// that its cache has got to a generation.
@@ -111,15 +112,21 @@ func parseKeyFile(raw []byte) (DataKey, error) {
 }
 
 func (k *fileKey) Create(context.Context) (DataKey, error) {
-	k.data = make([]byte, keySize)
-	rand.Read(k.data)
-	return DataKey{Data: k.data}, k.save(0)
+	data := make([]byte, keySize)
+	rand.Read(data)
+	if err := k.save(data, 0); err != nil {
+		return DataKey{}, err
+	}
+	k.data = data
+	return DataKey{Data: data}, nil
 }
 
-func (k *fileKey) Reached(_ context.Context, generation uint64) error { return k.save(generation) }
+func (k *fileKey) Reached(_ context.Context, generation uint64) error {
+	return k.save(k.data, generation)
+}
 
-func (k *fileKey) save(generation uint64) error {
-	raw, err := json.Marshal(keyFile{keyVersion, k.data, generation})
+func (k *fileKey) save(data []byte, generation uint64) error {
+	raw, err := json.Marshal(keyFile{keyVersion, data, generation})
 	if err != nil {
 		return err
 	}

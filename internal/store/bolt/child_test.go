@@ -32,6 +32,7 @@ var roles = map[string]func(path string){
 	"writer": writerRole,
 	"holder": holderRole,
 	"fill":   fillRole,
+	"reader": readerRole,
 }
 
 func TestMain(m *testing.M) {
