@@ -182,6 +182,11 @@ func TestStrangersAge(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		counted := func() int {
+			s.known.mu.Lock()
+			defer s.known.mu.Unlock()
+			return s.known.n
+		}
 		ended := make(chan error, 1)
 		go func() {
 			_, err := conn.Read(make([]byte, 1))
@@ -190,13 +195,13 @@ func TestStrangersAge(t *testing.T) {
 		}()
 		time.Sleep(maxStrangerAge - time.Second)
 		synctest.Wait()
-		if len(ended) != 0 || s.known.n != 1 {
-			t.Errorf("after %s: ended %v, %d are counted", maxStrangerAge-time.Second, len(ended) != 0, s.known.n)
+		if len(ended) != 0 || counted() != 1 {
+			t.Errorf("after %s: ended %v, %d are counted", maxStrangerAge-time.Second, len(ended) != 0, counted())
 		}
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		if len(ended) != 1 || s.known.n != 0 {
-			t.Errorf("after its time: ended %v, %d are counted", len(ended) != 0, s.known.n)
+		if len(ended) != 1 || counted() != 0 {
+			t.Errorf("after its time: ended %v, %d are counted", len(ended) != 0, counted())
 		}
 	})
 }
