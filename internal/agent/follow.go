@@ -165,7 +165,12 @@ func (f *follow) read(a *Agent) {
 // or because it stops. The stream goes on for a while, and does not wait for its
 // end; nor do all the streams of a server move at once.
 func (f *follow) watchConn() {
-	if !f.link.conn.WaitForStateChange(f.ctx, connectivity.Ready) {
+	conn := f.link.conn
+	if conn.GetState() == connectivity.Connecting {
+		// gRPC lets calls through a moment before it says that it is connected.
+		conn.WaitForStateChange(f.ctx, connectivity.Connecting)
+	}
+	if !conn.WaitForStateChange(f.ctx, connectivity.Ready) {
 		return
 	}
 	timer := time.NewTimer(rand.N(drainTime))
