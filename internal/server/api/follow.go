@@ -109,9 +109,9 @@ type followStream interface {
 //
 // So nothing needs to be held back while the agent still asks for what Revisions
 // named. An entry that changes meanwhile comes in a Delta, and need not be asked
-// for any more; one that goes is removed by a Delta, and is not in the Entries of
-// a Want that was under way. Entries are answered as they are now as well, and then
-// count as sent, so that no Delta repeats them. All of it is sent by one goroutine
+// for any more; one that goes is removed by a Delta, or is not in the Entries of a
+// Want that was under way. Entries are answered as they are now as well, and then
+// count as sent, or as gone, so that no Delta repeats it. All of it is sent by one goroutine
 // from a registry that only moves forward: of two messages that say something of
 // one entry, the later is right, and the agent needs to know no more than that.
 type following struct {
@@ -517,8 +517,11 @@ func (l *following) answer(req *syncv1.FollowRequest) error {
 	}
 	for _, id := range slices.Compact(want.Ids) {
 		e, ok := l.entitled(id)
-		if !ok {
-			continue // gone since, or never this agent's; if it counts as sent, it is marked as well
+		if !ok { // gone since, or never this agent's
+			// The agent takes it for gone. Should it be back before what is marked is
+			// looked at, it has to be sent again.
+			delete(l.sent, id)
+			continue
 		}
 		p := entryToProto(e, nil)
 		if !page.take(proto.Size(p)) {

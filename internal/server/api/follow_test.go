@@ -155,16 +155,7 @@ func (s *fakeStream) Send(resp *syncv1.FollowResponse) error {
 
 // newStream returns a stream of the agent with that SVID, and how it ended.
 func (r *pushRig) newStream(leaf *x509.Certificate, address string) (*fakeStream, <-chan error) {
-	s := &fakeStream{in: make(chan *syncv1.FollowRequest), out: make(chan *syncv1.FollowResponse)}
-	addr, err := net.ResolveTCPAddr("tcp", address)
-	if err != nil {
-		r.Fatal(err)
-	}
-	ctx := peer.NewContext(context.Background(), &peer.Peer{
-		Addr:     addr,
-		AuthInfo: NewConnection(credentials.TLSInfo{State: tls.ConnectionState{PeerCertificates: []*x509.Certificate{leaf}}}),
-	})
-	s.ctx, s.cancel = context.WithCancel(ctx)
+	s := r.unservedStream(leaf, address)
 	end := make(chan error, 1)
 	go func() {
 		defer s.cancel() // as gRPC does when a handler has returned
@@ -177,6 +168,20 @@ func (r *pushRig) newStream(leaf *x509.Certificate, address string) (*fakeStream
 		end <- err
 	}()
 	return s, end
+}
+
+func (r *pushRig) unservedStream(leaf *x509.Certificate, address string) *fakeStream {
+	s := &fakeStream{in: make(chan *syncv1.FollowRequest), out: make(chan *syncv1.FollowResponse)}
+	addr, err := net.ResolveTCPAddr("tcp", address)
+	if err != nil {
+		r.Fatal(err)
+	}
+	ctx := peer.NewContext(context.Background(), &peer.Peer{
+		Addr:     addr,
+		AuthInfo: NewConnection(credentials.TLSInfo{State: tls.ConnectionState{PeerCertificates: []*x509.Certificate{leaf}}}),
+	})
+	s.ctx, s.cancel = context.WithCancel(ctx)
+	return s
 }
 
 // testAgent does what an agent does, and holds the server to the contract.
@@ -193,6 +198,7 @@ type testAgent struct {
 	have     map[string]*types.Entry
 	named    map[string]bool // by Revisions, and not sent yet
 	lacks    []string        // of them, to be asked for
+	asked    []string        // in the last Want, and not answered yet
 	complete bool            // nothing is lacking
 	tags     map[string][]byte
 	revision int64
@@ -316,6 +322,7 @@ func (a *testAgent) take(resp *syncv1.FollowResponse) (want []string) {
 		want := a.lacks[:n]
 		a.lacks = a.lacks[n:]
 		a.complete = len(want) == 0
+		a.asked = slices.Clone(want)
 		return want
 	}
 	switch body := resp.Body.(type) {
@@ -347,7 +354,19 @@ func (a *testAgent) take(resp *syncv1.FollowResponse) (want []string) {
 			a.Errorf("%d entries", len(body.Entries.Entries))
 		}
 		add(body.Entries.Entries)
+		for _, e := range body.Entries.Entries {
+			i := slices.Index(a.asked, e.Id)
+			if i < 0 {
+				a.Errorf("%s: entry %s was not asked for", a.id, e.Id)
+				continue
+			}
+			a.asked = slices.Delete(a.asked, i, i+1)
+		}
 		if !body.Entries.More {
+			for _, id := range a.asked { // gone
+				delete(a.have, id)
+				delete(a.named, id)
+			}
 			want = next()
 		}
 	case *syncv1.FollowResponse_Delta:
@@ -681,6 +700,49 @@ func TestFollowWhileFetching(t *testing.T) {
 		}
 		a.hangUp()
 	})
+}
+
+// TestFollowGoneAndBack: what is not there when it is asked for is taken for gone,
+// so it is sent when it is back, even with the revision that was named.
+func TestFollowGoneAndBack(t *testing.T) {
+	r := newPushRig(t)
+	n := testNode("/spire/agent/x/1")
+	e := entry("e", "/spire/agent/x/1", "/w")
+	r.apply(registry.Change{Reset: true, Nodes: []*registry.Node{n}})
+	r.put(e)
+	f, err := r.state.follow(n.ID, "one")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := r.unservedStream(cert(n.ID, 1), "192.0.2.1:1")
+	defer s.cancel()
+	s.out = make(chan *syncv1.FollowResponse, 10)
+	l := &following{api: r.API, ctx: s.ctx, stream: s, f: f, sent: map[string]int64{"e": e.Revision}, named: 1}
+	if err := l.authorize(); err != nil {
+		t.Fatal(err)
+	}
+	r.apply(registry.Change{DeletedEntries: []string{"e"}}) // as when it ends,
+	if err := l.answer(wantRequest("e")); err != nil {
+		t.Fatal(err)
+	}
+	r.apply(registry.Change{Entries: []*registry.Entry{e}}) // and the clock is set back
+	l.bundle = r.ca.Bundle()
+	if err := l.turn(nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-s.out; got.GetEntries() == nil || len(got.GetEntries().Entries) != 0 {
+		t.Errorf("the answer is %v", got)
+	}
+	for {
+		if got := <-s.out; got.GetDelta() != nil {
+			if len(got.GetDelta().Entries) != 1 {
+				t.Errorf("sent is %v", got)
+			}
+			break
+		} else if got.GetKeepAlive() != nil {
+			t.Fatal("it was not sent again")
+		}
+	}
 }
 
 // TestFollowTogether: many changes cost an agent that reads slowly one message.
