@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -314,8 +313,8 @@ func (s *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 func (s *agentService) PostStatus(ctx context.Context, req *agentv1.PostStatusRequest) (*agentv1.PostStatusResponse, error) {
 	c := callerOf(ctx)
 	version := req.AgentVersion
-	if len(version) > maxAgentVersion || strings.ContainsFunc(version, func(r rune) bool { return r < ' ' || r > '~' }) {
-		return nil, registry.Invalidf("agent version: want at most %d printable characters", maxAgentVersion)
+	if err := checkAgentVersion(version); err != nil {
+		return nil, err
 	}
 	if version == "" || version == c.node.AgentVersion {
 		return &agentv1.PostStatusResponse{}, nil
@@ -323,11 +322,7 @@ func (s *agentService) PostStatus(ctx context.Context, req *agentv1.PostStatusRe
 	if err := s.renewLimit.wait(ctx, c.id.String(), 1); err != nil { // a write is no cheaper than a signature
 		return nil, err
 	}
-	_, err := s.updateNode(ctx, c.id, func(n *registry.Node) error {
-		n.AgentVersion = version
-		return nil
-	})
-	return &agentv1.PostStatusResponse{}, err
+	return &agentv1.PostStatusResponse{}, s.noteVersion(ctx, c.node.Node, version)
 }
 
 // CreateJoinToken makes a join token as SPIRE's clients ask for it.
