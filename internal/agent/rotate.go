@@ -168,8 +168,6 @@ const keyTime = time.Second
 // signBatch gets SVIDs for the first of the entries, as many as keys can be
 // made for in good time, and returns how many. Each gets a new key.
 func (a *Agent) signBatch(ctx context.Context, l *link, entries []*registry.Entry) (int, error) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
 	var keys []crypto.Signer
 	var resp *svidv1.BatchNewX509SVIDResponse
 	err := a.meanwhile(func() (err error) {
@@ -185,6 +183,8 @@ func (a *Agent) signBatch(ctx context.Context, l *link, entries []*registry.Entr
 			}
 			req.Params = append(req.Params, &svidv1.NewX509SVIDParams{EntryId: e.ID, Csr: csr})
 		}
+		ctx, cancel := context.WithTimeout(ctx, callTimeout) // keys may take longer
+		defer cancel()
 		resp, err = l.svid.BatchNewX509SVID(ctx, req)
 		if err == nil && len(resp.Results) != len(entries) {
 			err = fmt.Errorf("%d results for %d requests", len(resp.Results), len(entries))

@@ -44,9 +44,12 @@ type Problem struct {
 	Text  string // with the reason and what to do, for operators
 }
 
-// stuckAfter is longer than a step takes at worst: an attestation and a renewal
-// with each of several servers that do not answer.
-const stuckAfter = 10 * time.Minute
+// stuckAfter is longer than a step takes at worst from one thing that is served to
+// the next, with a server that does not answer, and stuckAlso with each other one.
+const (
+	stuckAfter = 10 * time.Minute
+	stuckAlso  = 6 * time.Minute
+)
 
 // maxHeldShown bounds how many SVIDs the status names.
 const maxHeldShown = 1000
@@ -60,7 +63,7 @@ type health struct {
 	serving bool          // when last looked at
 	changed chan struct{} // closed when serving changes; nil: nobody waits
 	since   time.Time     // when a problem was first seen; zero: there is none
-	busy    time.Time     // when the step began that steer is at; zero: it waits
+	busy    time.Time     // when the step that steer is at began or got somewhere; zero: it waits
 
 	link      string // "push", "poll" or empty
 	linkSince time.Time
@@ -73,11 +76,21 @@ func (h *health) begin() {
 	h.busy = time.Now() // with the monotonic reading: while a host sleeps, nothing is stuck
 }
 
-// live says whether steer goes on.
-func (h *health) live() bool {
+// goesOn notes that the step that steer is at has got somewhere: a thousand slow
+// keys take a while.
+func (h *health) goesOn() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.busy.IsZero() || time.Since(h.busy) < stuckAfter
+	if !h.busy.IsZero() {
+		h.busy = time.Now()
+	}
+}
+
+// live says whether steer goes on, with so many servers to ask in a step.
+func (h *health) live(servers int) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.busy.IsZero() || time.Since(h.busy) < stuckAfter+time.Duration(servers-1)*stuckAlso
 }
 
 // observe remembers what was seen, and returns since when there has been a
@@ -160,6 +173,7 @@ func (a *Agent) watchHealth(ctx context.Context) {
 		case <-news:
 		case <-clockSet:
 		case <-s.changed:
+			a.health.goesOn()
 		case <-again.C:
 		}
 		again.Stop()
@@ -180,7 +194,7 @@ func (a *Agent) Serving() (bool, <-chan struct{}) {
 func (a *Agent) Health() Health {
 	at := a.now()
 	svids := a.heldAt(at)
-	out := Health{Live: a.health.live()}
+	out := Health{Live: a.health.live(len(a.cfg.ServerAddresses))}
 	if len(svids) > 0 {
 		out.NextExpiry = svids[0].expires
 	}
@@ -197,7 +211,7 @@ func (a *Agent) Health() Health {
 	out.Serving = s.bundle != nil && a.revoked == "" && (inStep || len(svids) > 0 || once && len(s.entries) == 0)
 	out.Problems = a.problems(at, out.Serving && !inStep, svids)
 	if !out.Live {
-		out.Problems = append(out.Problems, Problem{"its work stands still", fmt.Sprintf("the agent's work has stood still for more than %s: restart it, and tell its makers with what its log says", stuckAfter)})
+		out.Problems = append(out.Problems, Problem{"its work stands still", fmt.Sprintf("the agent's work has stood still for more than %s, which is a fault in it: restart it, and report what its log says", stuckAfter)})
 	}
 	a.mu.Unlock()
 	switch {

@@ -166,6 +166,34 @@ func TestHealthOfTheStuck(t *testing.T) {
 	})
 }
 
+// Many slow keys are not a steer that is stuck.
+func TestHealthOfTheSlow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, newTestCA(t, td), false)
+		for i := range 20 {
+			e := testEntry(i + 1)
+			e.X509SvidTtl = 72000
+			f.add(e)
+		}
+		n := prepare(t, f, config(t, f))
+		n.makeKey = func(context.Context) (crypto.Signer, error) { time.Sleep(90 * time.Second); return newKey("ec-p256") }
+		n.run()
+		for done := false; !done; {
+			if h := n.Health(); !h.Live {
+				t.Fatalf("not live, with %d SVIDs: %+v", n.status().Svids, h)
+			}
+			select {
+			case <-n.Ready():
+				done = true
+			case <-time.After(30 * time.Second):
+			}
+		}
+		if s := n.status(); s.Svids != 20 {
+			t.Errorf("%d SVIDs", s.Svids)
+		}
+	})
+}
+
 // What is wrong with the disk is a problem, and none for who is served.
 func TestHealthWithoutADisk(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
