@@ -117,7 +117,7 @@ func aged(t *testing.T) (*fakeServer, *node, Config, *hostClock) {
 	f.agentTTL, f.svidTTL = 5*24*time.Hour, 5*24*time.Hour
 	f.add(testEntry(1))
 	cfg := config(t, f)
-	cfg.Rejoin = byKey
+	cfg.Rejoin, cfg.SyncInterval = byKey, time.Minute
 	host := &hostClock{}
 	cfg.Clock = host.clock(0)
 	n := start(t, f, cfg)

@@ -20,7 +20,7 @@ import (
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
-var errNoProver = errors.New("there is nothing to prove this node with: `spiffed token create` on the server, then `spiffed join` here")
+var errNoProver = errors.New("there is no join token to prove this node with: `spiffed token create` on the server, then `spiffed join` here")
 
 // maxChallenges bounds the rounds of an attestation.
 const maxChallenges = 16
