@@ -414,6 +414,9 @@ func (f *fakeServer) admit(ctx context.Context, full string) error {
 		case <-ctx.Done():
 		}
 		f.mu.Lock()
+		if err := ctx.Err(); err != nil {
+			return status.FromContextError(err).Err() // an answer might be in time all the same
+		}
 	}
 	if f.before != nil {
 		if err := f.before(m); err != nil {
