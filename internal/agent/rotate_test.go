@@ -476,3 +476,32 @@ func BenchmarkCurrent(b *testing.B) {
 		}
 	}
 }
+
+// What has expired is forgotten once the clock can be trusted with that; what no
+// longer belongs to an entry, at once.
+func TestForgetStale(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, newTestCA(t, td), false)
+		f.add(testEntry(1), testEntry(2))
+		host := &hostClock{}
+		cfg := config(t, f)
+		cfg.Clock = host.clock(0)
+		n := prepare(t, f, cfg)
+		if err := n.step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		defer n.hangUp()
+		time.Sleep(20 * time.Minute)
+		host.set(48 * time.Hour)
+		delete(n.known, "entry-00002")
+		n.forgetStale()
+		if n.held["entry-00001"] == nil || n.held["entry-00002"] != nil {
+			t.Errorf("with a clock that has just jumped there is %v", n.held)
+		}
+		time.Sleep(20 * time.Minute)
+		n.forgetStale()
+		if len(n.held) > 0 {
+			t.Errorf("later there is %v", n.held)
+		}
+	})
+}
