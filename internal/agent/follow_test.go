@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -83,6 +84,9 @@ func TestFollow(t *testing.T) {
 		}
 		if strings.Contains(n.log.String(), "not in step") {
 			t.Error("it was out of step")
+		}
+		if old := time.Since(n.cfg.Clock.Vouched()); old < 0 || old > time.Second {
+			t.Errorf("the server's clock was heard %s ago", old)
 		}
 	})
 }
@@ -245,7 +249,8 @@ func TestFollowUnimplemented(t *testing.T) {
 // the server has told, shows what it has, and serves it in between.
 func TestFollowLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newPushFake(t, newTestCA(t, td), false)
+		f := newPushFake(t, newTestCA(t, td), false, keepalive.ServerParameters{MaxConnectionAge: 24 * time.Hour})
+		f.agentTTL, f.svidTTL = 24*time.Hour, 24*time.Hour // nothing else is to make it call again
 		f.push.within = 40 * time.Second
 		f.add(testEntry(1))
 		n := start(t, f, config(t, f))
@@ -263,9 +268,8 @@ func TestFollowLost(t *testing.T) {
 			n.await(uid("1"), "the SVID that it has", identities(1))
 			time.Sleep(41 * time.Second)
 			f.push.set(func() {
-				// Its connection may come of age in the meantime, and it moves.
-				if now := len(f.push.at) - calls; now < 1 || now > 2 {
-					t.Fatalf("called %d times", now)
+				if len(f.push.at) != calls+1 {
+					t.Fatalf("called %d times", len(f.push.at)-calls)
 				}
 				waits = append(waits, f.push.at[calls].Sub(ended))
 			})
@@ -279,6 +283,28 @@ func TestFollowLost(t *testing.T) {
 		}
 		if len(f.push.wanted) != 1 || f.polled() > 0 {
 			t.Errorf("asked for %v, polled %d times", f.push.wanted, f.polled())
+		}
+	})
+}
+
+// A server that ends the stream of an SVID that was replaced is called at once.
+func TestFollowReplaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newPushFake(t, newTestCA(t, td), false)
+		f.push.within = 10 * time.Minute
+		n := start(t, f, config(t, f))
+		<-n.Ready()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		next := *n.identity()
+		next.chain = slices.Clone(next.chain)
+		leaf := *next.chain[0]
+		next.chain[0] = &leaf
+		n.useIdentity(&next, nil)
+		f.push.endAll(status.Error(codes.Unavailable, "the SVID was replaced"))
+		synctest.Wait()
+		if calls, _ := f.push.called(); calls != 2 || strings.Contains(n.log.String(), "not in step") {
+			t.Errorf("called %d times", calls)
 		}
 	})
 }
@@ -325,6 +351,26 @@ func TestFollowSilence(t *testing.T) {
 			t.Errorf("called %d times", calls)
 		}
 		if s := n.status(); s.State != "ready" || time.Now().Unix()-s.LastSyncAt > 20 {
+			t.Errorf("status %v", s)
+		}
+	})
+}
+
+// A host that was asleep for hours does not wait for timers, which slept as well.
+func TestFollowAfterSleep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newPushFake(t, newTestCA(t, td), false)
+		n := start(t, f, config(t, f))
+		<-n.Ready()
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		n.stream.heard.Store(time.Now().Add(-8 * time.Hour).UnixMilli())
+		n.clockSet.fire()
+		synctest.Wait()
+		if calls, _ := f.push.called(); calls != 2 {
+			t.Errorf("called %d times", calls)
+		}
+		if s := n.status(); s.State != "ready" {
 			t.Errorf("status %v", s)
 		}
 	})
@@ -393,9 +439,9 @@ func TestFollowWhileSigning(t *testing.T) {
 			f.entries["entry-00002"] = testEntry(2)
 			close(hang)
 		})
-		u := n.await(uid("3"), "the changed entry", identities(1))
-		if id := u.Identities[0].SVID.ID.Path(); id != "/three" {
-			t.Errorf("has %s", id)
+		synctest.Wait() // nobody has to ask for it, and no time is to pass
+		if u, _, err := n.Current(uid("3")); err != nil || len(u.Identities) != 1 || u.Identities[0].SVID.ID.Path() != "/three" {
+			t.Errorf("the changed entry: %v, %v", u, err)
 		}
 		if h := n.snap.Load().held["entry-00002"]; h != nil {
 			t.Error("an SVID is held for what is gone")
