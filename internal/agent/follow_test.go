@@ -141,8 +141,9 @@ func TestFollowManyEntries(t *testing.T) {
 		for i := range 1203 {
 			f.add(testEntry(i))
 		}
-		n := start(t, f, slow(config(t, f)))
+		n := prepare(t, f, slow(config(t, f)))
 		n.prefetch = 5
+		n.run()
 		<-n.Ready()
 		takeWanted := func() (w []string) {
 			f.push.set(func() { w, f.push.wanted = f.push.wanted, nil })
@@ -449,6 +450,53 @@ func TestFollowWhileSigning(t *testing.T) {
 	})
 }
 
+// The agent is stopped while the server is busy with its renewal, or with signing,
+// and has done either when nobody listens any more. It stops at once, and goes on
+// from there when it is started again.
+func TestStopInTheMiddle(t *testing.T) {
+	for _, method := range []string{"RenewAgent", "BatchNewX509SVID"} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newPushFake(t, newTestCA(t, td), false)
+			f.agentTTL, f.svidTTL = 20*time.Minute, 20*time.Minute
+			f.add(testEntry(1), testEntry(2))
+			cfg := config(t, f)
+			n := start(t, f, cfg)
+			<-n.Ready()
+			release := make(chan struct{})
+			busy := false
+			f.set(func() {
+				f.after = func(m string) error {
+					if m != method || busy {
+						return nil
+					}
+					busy = true
+					f.mu.Unlock()
+					<-release // it is done, and the answer waits
+					f.mu.Lock()
+					return nil
+				}
+			})
+			for now := false; !now; f.set(func() { now = busy }) {
+				time.Sleep(time.Second)
+			}
+			began := time.Now()
+			n.stop()
+			if d := time.Since(began); d > time.Second {
+				t.Errorf("%s: stopped after %s", method, d)
+			}
+			close(release)
+			cfg.Prover = nil // it is not to need a token again
+			n = start(t, f, cfg)
+			<-n.Ready()
+			time.Sleep(20 * time.Minute) // the first SVIDs have expired by now
+			n.await(uid("1"), "an SVID", identities(1))
+			if s := n.status(); s.State != "ready" || s.Svids != 2 || f.called("AttestAgent") != 1 {
+				t.Errorf("%s: status %v", method, s)
+			}
+		})
+	}
+}
+
 // The server takes an entry away, and the agent gets to know when it wants to have
 // it signed. That the server then says so is no contradiction; if it does not, the
 // entry is tried again.
@@ -501,8 +549,7 @@ func TestFollowBackPressure(t *testing.T) {
 		f := newPushFake(t, newTestCA(t, td), false)
 		n := start(t, f, config(t, f))
 		<-n.Ready()
-		busy := make(chan struct{})
-		n.makeKey = nil // nothing may be signed meanwhile
+		n.stop()
 		sent := 0
 		f.push.script = func(stream followServer, hello *syncv1.Hello) error {
 			stream.Send(revisions(false))
@@ -516,8 +563,6 @@ func TestFollowBackPressure(t *testing.T) {
 			}
 			return status.Error(codes.Unavailable, "enough")
 		}
-		n.stop()
-		synctest.Wait()
 		n = prepare(t, f, n.cfg)
 		l, err := n.connect(f.addr)
 		if err != nil {
@@ -529,8 +574,7 @@ func TestFollowBackPressure(t *testing.T) {
 			t.Fatal(err)
 		}
 		n.stream = fo
-		<-fo.messages
-		close(busy)
+		<-fo.messages // one is taken, and then the agent is busy with something else
 		time.Sleep(30 * time.Second)
 		synctest.Wait()
 		if sent > 4 {
@@ -869,8 +913,9 @@ func BenchmarkPushedEntry(b *testing.B) {
 	for i := range 1000 {
 		f.add(testEntry(i + 10))
 	}
-	n := start(b, f, config(b, f))
+	n := prepare(b, f, config(b, f))
 	n.prefetch = 2000
+	n.run()
 	<-n.Ready()
 	var took []time.Duration
 	for i := 0; b.Loop(); i++ {
