@@ -43,7 +43,8 @@ type Result struct {
 	CanReattest bool // the node may come back by this attestor alone at any time
 
 	// Known says that the proof was for a node as the server knows it: its
-	// attestor, selectors and CanReattest stay as they are.
+	// attestor, selectors and CanReattest stay as they are. Whether the key is
+	// still that of the node when it is let in is not for the Verifier to say.
 	Known bool
 }
 

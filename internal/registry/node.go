@@ -66,6 +66,11 @@ const (
 	maxOlderKeys = 48
 )
 
+// HasKey says whether a key, by its hash, is that of the SVID in use or the next.
+func (n *Node) HasKey(hash []byte) bool {
+	return len(hash) > 0 && (bytes.Equal(n.KeyHash, hash) || bytes.Equal(n.NextKeyHash, hash))
+}
+
 // HadKey says whether a key, by its hash, was the node's before the one in use.
 func (n *Node) HadKey(hash []byte) bool {
 	if len(hash) < olderKeyLen {

@@ -419,6 +419,66 @@ func TestRejoinPendingKey(t *testing.T) {
 	}
 }
 
+// TestOldKeyAnswersLate: a key that was good when the challenge was sent, and is
+// not when the answer comes, or when the record is written.
+func TestOldKeyAnswersLate(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	var token string
+	var key crypto.Signer
+	for name, begin := range map[string]func(a *agent, renew func()) error{
+		"by key": func(a *agent, renew func()) error {
+			_, err := a.rejoinOn(r.dial(nil), a.svid.PrivateKey, func(c, b []byte) ([]byte, error) {
+				renew()
+				return lastkey.NewProver(a.svid.ID, a.svid.PrivateKey).Respond(t.Context(), c, b)
+			})
+			return err
+		},
+		"while it is stored": func(a *agent, renew func()) error {
+			r.store.onPut(func(*registry.Node) {
+				r.store.onPut(nil)
+				renew()
+			})
+			_, err := a.rejoin(a.svid.PrivateKey)
+			return err
+		},
+		"by token, while it is stored": func(a *agent, renew func()) error {
+			r.store.onPut(func(*registry.Node) {
+				r.store.onPut(nil)
+				renew()
+			})
+			_, err := r.attest("join_token", token, newCSR(t, key, nil), nil)
+			return err
+		},
+	} {
+		token, key = r.token("").Token, newKey(t)
+		result, err := r.attest("join_token", token, newCSR(t, key, nil), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		svid := svidOf(t, result.Svid, key)
+		a := &agent{r, svid, r.dial(svid)}
+		next := newKey(t)
+		var own *grpc.ClientConn
+		err = begin(a, func() {
+			own = r.dial(a.renew(next))
+			if err := ping(t, own); err != nil {
+				t.Error(err)
+			}
+		})
+		wantRefused(t, name, err, "this data_dir is a copy, or was restored from an old backup")
+		if err := ping(t, own); err != nil {
+			t.Errorf("%s: the node itself is out: %v", name, err)
+		}
+		if n := a.record(); n.NextSerial != "" || n.Copied == nil {
+			t.Errorf("%s: record: %+v", name, n)
+		}
+		if _, err := a.rejoin(next); err != nil {
+			t.Errorf("%s: by its key: %v", name, err)
+		}
+	}
+}
+
 // TestCopyDoesNotTakeOver: a copy from before a renewal comes back by the older
 // key, before the node has used the newer. The node is not locked out.
 func TestCopyDoesNotTakeOver(t *testing.T) {

@@ -1,7 +1,6 @@
 package lastkey
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -38,7 +37,7 @@ func (v *Verifier) Type() string { return Type }
 
 // Verify lets the node prove the key of its SVID, or that of a renewal whose
 // reply may have been lost. Who has neither learns only whether there is such a
-// node.
+// node. The node may renew while it answers: the server looks at the key again.
 func (v *Verifier) Verify(ctx context.Context, req attest.Request, challenge func([]byte) ([]byte, error)) (*attest.Result, error) {
 	refuse := func(err error) error { return fmt.Errorf("%w: %w", attest.ErrRefused, err) }
 	id, err := parsePayload(v.cfg.TrustDomain, req.Payload)
@@ -57,7 +56,7 @@ func (v *Verifier) Verify(ctx context.Context, req attest.Request, challenge fun
 	if err != nil {
 		return nil, fmt.Errorf("reading node %q: %w", id, err)
 	}
-	known := bytes.Equal(n.KeyHash, hash[:]) || bytes.Equal(n.NextKeyHash, hash[:])
+	known := n.HasKey(hash[:])
 	if !known && !n.HadKey(hash[:]) {
 		return nil, refuse(fmt.Errorf("the key is not the one that agent %q has: it may have renewed it since, on another machine or before this data_dir was restored", id))
 	}

@@ -192,7 +192,13 @@ func (s *agentService) admit(ctx context.Context, attempt *attempt, attestor str
 			return nil, fmt.Errorf("attestor %q: %w", attestor, errors.New(err.Error()))
 		}
 	}
-	// judge says whether the node, as its record is now, may come in.
+	keyHash, err := hashKey(csr.PublicKey)
+	if err != nil {
+		return nil, err
+	}
+	// judge says whether the node, as its record is now, may come in. The key is
+	// looked at again: who has an old one could begin while it is still good, and
+	// answer the challenge when the node has renewed.
 	judge := func() (*registry.Node, error) {
 		n, err := s.cfg.Store.GetNode(ctx, id)
 		switch {
@@ -202,6 +208,9 @@ func (s *agentService) admit(ctx context.Context, attempt *attempt, attestor str
 			err = denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %q was evicted while it attested", id)
 		case err != nil:
 			return nil, err
+		case !n.HasKey(keyHash) && (result.Known || !result.CanReattest && n.HadKey(keyHash)):
+			s.suspectCopy(id, c.addr.String(), copiedKey)
+			err = refused(attest.OldKey(id).Text)
 		case n.Banned:
 			err = denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %q is banned", id)
 		case result.Known:
@@ -314,14 +323,23 @@ func (v *agentSVID) asNext(n *registry.Node) {
 
 // signAgent signs an agent's SVID, which must be recorded before it is handed out.
 func (a *API) signAgent(ctx context.Context, id spiffeid.ID, csr *x509.CertificateRequest) ([]*x509.Certificate, *agentSVID, error) {
-	spki, err := x509.MarshalPKIXPublicKey(csr.PublicKey)
+	keyHash, err := hashKey(csr.PublicKey)
 	if err != nil {
-		return nil, nil, registry.Invalidf("CSR: %w", err)
+		return nil, nil, err
 	}
 	chain, err := a.cfg.CA.SignX509SVID(ctx, ca.X509Params{ID: id, PublicKey: csr.PublicKey, TTL: a.cfg.AgentTTL})
 	if err != nil {
 		return nil, nil, fmt.Errorf("signing the SVID of agent %q: %w", id, err)
 	}
+	return chain, &agentSVID{chain[0].SerialNumber.String(), chain[0].NotAfter.UTC(), keyHash}, nil
+}
+
+// hashKey is the SHA-256 of a CSR's SubjectPublicKeyInfo.
+func hashKey(key any) ([]byte, error) {
+	spki, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return nil, registry.Invalidf("CSR: %w", err)
+	}
 	sum := sha256.Sum256(spki)
-	return chain, &agentSVID{chain[0].SerialNumber.String(), chain[0].NotAfter.UTC(), sum[:]}, nil
+	return sum[:], nil
 }
