@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	"google.golang.org/grpc/credentials"
 )
 
@@ -118,8 +120,8 @@ func TestHogs(t *testing.T) {
 	}
 }
 
-// Connections without an SVID are bounded, silent ones too, and those with one
-// go on all the same.
+// Connections without an SVID are bounded, those in their handshake and silent
+// ones too, and agents come in all the same, from the same address.
 func TestManyStrangers(t *testing.T) {
 	t.Parallel()
 	r := newRig(t)
@@ -128,54 +130,168 @@ func TestManyStrangers(t *testing.T) {
 	if err := ping(t, a.conn); err != nil {
 		t.Fatal(err)
 	}
-	conns := make([]net.Conn, 0, maxStrangersOf)
-	for range maxStrangersOf {
-		c, err := net.Dial("tcp", r.server.Addr().String())
+	addr := r.server.Addr().String()
+	for range 2 * maxStrangersOf { // of those in their handshake there may be more
+		c, err := net.Dial("tcp", addr)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		conns = append(conns, c)
 	}
-	// They are let in one after the other; the next is closed at once, and not
-	// at the end of its handshake's time.
-	var c net.Conn
-	for {
-		var err error
-		if c, err = net.Dial("tcp", r.server.Addr().String()); err != nil {
+	if err := ping(t, r.dial(a.svid)); err != nil {
+		t.Errorf("an agent beside many handshakes: %v", err)
+	}
+	var first net.Conn
+	for range maxStrangersOf + 8 {
+		c, err := tls.Dial("tcp", addr, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+		if err != nil {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		c.SetReadDeadline(time.Now().Add(handshakeTimeout / 2))
-		if _, err := c.Read(make([]byte, 1)); err == io.EOF || strings.Contains(err.Error(), "reset") {
-			break
+		if _, err := c.Write(append([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), frame(4, 0, 0, nil)...)); err != nil {
+			t.Fatal(err)
+		}
+		if first == nil {
+			first = c
 		}
 	}
-	if err := ping(t, a.conn); err != nil {
-		t.Errorf("an agent that is there already: %v", err)
+	if err := ping(t, r.dial(a.svid)); err != nil {
+		t.Errorf("an agent that comes now: %v", err)
 	}
-	for _, c := range conns {
-		c.Close()
+	if err := ping(t, a.conn); err != nil {
+		t.Errorf("an agent that was there before: %v", err)
+	}
+	r.join("") // without an SVID
+	// The first ones had to go, and not because of their age.
+	if err := first.SetReadDeadline(time.Now().Add(maxStrangerAge / 4)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, first); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("more connections than may be")
 	}
 	if !strings.Contains(r.logs.String(), "connections without an SVID") {
 		t.Error("nothing is logged of it")
 	}
 }
 
-// anonymous lets everybody in without a certificate, as TLS does that asks for none.
-type anonymous struct {
-	credentials.TransportCredentials
+// closes counts how often it is closed.
+type closes struct {
+	net.Conn
+	n int
 }
 
-func (anonymous) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return raw, credentials.TLSInfo{}, nil
+func (c *closes) Close() error {
+	c.n++
+	return nil
+}
+
+// Who fills a crowd from few addresses pushes out itself, and nobody else.
+func TestCrowd(t *testing.T) {
+	c := newCrowd("guests", 10, 4, slog.New(slog.DiscardHandler))
+	enter := func(key string) (*closes, func()) {
+		conn := &closes{}
+		return conn, c.enter(key, conn)
+	}
+	honest, leave := enter("honest")
+	var hostile []*closes
+	for i := range 40 {
+		conn, _ := enter(string(rune('a' + i%4)))
+		hostile = append(hostile, conn)
+	}
+	late, leaveLate := enter("late")
+	open := 0
+	for i, conn := range hostile {
+		if conn.n == 0 {
+			open++
+		}
+		if conn.n > 1 || conn.n == 0 && i < 20 {
+			t.Errorf("connection %d was closed %d times", i, conn.n)
+		}
+	}
+	if honest.n != 0 || late.n != 0 || open != 8 || c.n != 10 {
+		t.Errorf("closed: honest %d, late %d; %d hostile ones are open, %d are counted", honest.n, late.n, open, c.n)
+	}
+	leave()
+	leave()
+	leaveLate()
+	if c.n != 8 || c.of["honest"] != nil {
+		t.Errorf("after two left: %d are counted, honest %v", c.n, c.of["honest"])
+	}
+	first, leaveFirst := enter("one")
+	for range 4 {
+		enter("one")
+	}
+	leaveFirst() // it had to go already
+	if first.n != 1 || c.of["one"].Len() != 3 || c.n != 10 {
+		t.Errorf("of one: the first closed %d times, %d are counted, %d in all", first.n, c.of["one"].Len(), c.n)
+	}
+}
+
+// Only the SVID of an agent in good standing, or of an admin, opens connections
+// that may be silent and stay; and one agent's are bounded too.
+func TestConnectionsOf(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	a, banned := r.join(""), r.join("")
+	if err := ping(t, a.conn); err != nil {
+		t.Fatal(err)
+	}
+	admin := r.issue(id("/admin"), time.Hour)
+	workload := r.issue(id("/workload"), time.Hour)
+	if _, err := r.agents().BanAgent(t.Context(), &agentv1.BanAgentRequest{Id: banned.id()}); err != nil {
+		t.Fatal(err)
+	}
+	known := &shown{}
+	s := newStrangers(known, r.server.api.GoodStanding, slog.New(slog.DiscardHandler))
+	open := func(svid *x509svid.SVID) (net.Conn, *closes) {
+		known.certs = svid.Certificates
+		near, far := net.Pipe()
+		t.Cleanup(func() { far.Close() })
+		raw := &closes{Conn: near}
+		conn, _, err := s.ServerHandshake(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn, raw
+	}
+	for svid, want := range map[*x509svid.SVID]bool{a.svid: false, admin: false, workload: true, banned.svid: true} {
+		if conn, _ := open(svid); is[*strangerConn](conn) != want {
+			t.Errorf("%s is a stranger: %v", svid.ID, !want)
+		}
+	}
+	var raws []*closes
+	for range 2 * maxConnectionsOf {
+		_, raw := open(a.svid)
+		raws = append(raws, raw)
+	}
+	for i, raw := range raws {
+		if want := i < maxConnectionsOf; raw.n > 0 != want {
+			t.Errorf("connection %d of %d of an agent was closed %d times", i, len(raws), raw.n)
+		}
+	}
+}
+
+func is[T any](v any) bool {
+	_, ok := v.(T)
+	return ok
+}
+
+// shown are credentials by which everybody shows certs, which may be none.
+type shown struct {
+	credentials.TransportCredentials
+	certs []*x509.Certificate
+}
+
+func (s *shown) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return raw, credentials.TLSInfo{State: tls.ConnectionState{PeerCertificates: s.certs}}, nil
 }
 
 // A connection without an SVID does not live as long as an agent's: those that
 // are silent are not to keep others out.
 func TestStrangersAge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStrangers(anonymous{}, slog.New(slog.DiscardHandler))
+		s := newStrangers(&shown{}, nil, slog.New(slog.DiscardHandler))
 		near, far := net.Pipe()
 		defer far.Close()
 		conn, _, err := s.ServerHandshake(near)
@@ -183,9 +299,9 @@ func TestStrangersAge(t *testing.T) {
 			t.Fatal(err)
 		}
 		counted := func() int {
-			s.known.mu.Lock()
-			defer s.known.mu.Unlock()
-			return s.known.n
+			s.strangers.mu.Lock()
+			defer s.strangers.mu.Unlock()
+			return s.strangers.n
 		}
 		ended := make(chan error, 1)
 		go func() {

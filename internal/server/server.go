@@ -123,7 +123,7 @@ func New(cfg Config) (*Server, error) {
 		ServerSVID: s.svid.chain, LogLevel: cfg.LogLevel, Log: cfg.Log,
 	})
 	s.network = grpc.NewServer(
-		grpc.Creds(newStrangers(credentials.NewTLS(s.tlsConfig()), cfg.Log)),
+		grpc.Creds(newStrangers(credentials.NewTLS(s.tlsConfig()), s.api.GoodStanding, cfg.Log)),
 		grpc.InTapHandle(s.api.Tap),
 		grpc.UnaryInterceptor(s.api.Unary), grpc.StreamInterceptor(s.api.Stream),
 		grpc.ConnectionTimeout(handshakeTimeout),

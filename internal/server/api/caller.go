@@ -238,6 +238,18 @@ func (a *API) resolve(c *caller) error {
 	return nil
 }
 
+// GoodStanding says whether an SVID, whose chain has been verified, gives a right
+// now that the other SVIDs of the trust domain do not give: it is an attested
+// agent's, an admin's or a downstream server's.
+func (a *API) GoodStanding(leaf *x509.Certificate) bool {
+	id, err := PeerID(leaf)
+	if err != nil {
+		return false
+	}
+	c := &caller{id: id, leaf: leaf}
+	return a.resolve(c) == nil && c.kinds != 0
+}
+
 // promoteNext records the first use of an agent's next SVID, which ends the one
 // before. It is durable before the call goes on: otherwise a restart would bring
 // the older one back to life.
