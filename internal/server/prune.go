@@ -14,7 +14,9 @@ const (
 	pruneEvery  = time.Minute
 	// Each node has a token, and this looks at all of them.
 	pruneTokensEvery = time.Hour
-	// A clock that jumped may be wrong, and what is deleted on its word is gone.
+	// A clock that jumped may be wrong, and what is deleted on its word is gone. So
+	// may one that has been wrong since before the start, as after a reboot: time
+	// synchronisation makes it jump within a while.
 	maxJump = 5 * time.Minute
 	settle  = 10 * time.Minute
 	// An unredeemed token is of interest for a while: why did the node not come in?
@@ -57,10 +59,13 @@ func (s *Server) prune(ctx context.Context) {
 // which happens when it is set, and when the machine slept.
 type wallClock struct {
 	wall, mono time.Time // when it was looked at last: without and with the monotonic reading
-	jumped     time.Time // by the monotonic clock; zero: never
+	jumped     time.Time // by the monotonic clock
 }
 
-func newWallClock(now time.Time) *wallClock { return &wallClock{wall: now.Round(0), mono: now} }
+// newWallClock returns a clock of which nothing is known yet: it counts as jumped.
+func newWallClock(now time.Time) *wallClock {
+	return &wallClock{wall: now.Round(0), mono: now, jumped: now}
+}
 
 func (c *wallClock) look(now time.Time) (jump time.Duration) { return c.jumpTo(now.Round(0), now) }
 
@@ -76,7 +81,7 @@ func (c *wallClock) jumpTo(wall, mono time.Time) (jump time.Duration) {
 }
 
 func (c *wallClock) settled(now time.Time) bool {
-	return c.jumped.IsZero() || now.Sub(c.jumped) >= settle
+	return now.Sub(c.jumped) >= settle
 }
 
 func (s *Server) pruneEntries(ctx context.Context) error {

@@ -84,9 +84,10 @@ func TestPrune(t *testing.T) {
 			}
 		}
 		add("for-ever", 0)
-		add("soon", 90*time.Second)
+		add("expired", -time.Hour)
+		add("soon", settle+time.Minute)
 		add("later", time.Hour)
-		add("extended", 100*time.Second)
+		add("extended", settle+70*time.Second)
 		st.onGet = func(name string) {
 			if name == "extended" { // given more time, which the watch has not brought yet
 				c := st.entries[name].Clone()
@@ -113,9 +114,11 @@ func TestPrune(t *testing.T) {
 				t.Errorf("after %s: %v, want %v", time.Since(start), got, want)
 			}
 		}
-		time.Sleep(85 * time.Second)
+		time.Sleep(settle - time.Second) // the clock may be ahead
+		have("expired", "extended", "for-ever", "later", "soon")
+		time.Sleep(16 * time.Second)
 		have("extended", "for-ever", "later", "soon")
-		time.Sleep(70 * time.Second)
+		time.Sleep(85 * time.Second)
 		have("extended", "for-ever", "later")
 		time.Sleep(time.Hour)
 		have("for-ever")
@@ -139,10 +142,18 @@ func TestPrune(t *testing.T) {
 func TestClockJump(t *testing.T) {
 	mono := time.Now()
 	c := newWallClock(mono)
-	if jump := c.look(mono.Add(10 * time.Second)); jump != 0 || !c.settled(mono.Add(10*time.Second)) {
+	if c.settled(mono.Add(settle - time.Second)) {
+		t.Error("settled from the start")
+	}
+	mono = mono.Add(settle)
+	if jump := c.jumpTo(mono.Round(0), mono); jump != 0 || !c.settled(mono) {
+		t.Errorf("ten ordinary minutes are a jump of %s", jump)
+	}
+	at := mono.Add(10 * time.Second)
+	if jump := c.look(at); jump != 0 || !c.settled(at) {
 		t.Errorf("an ordinary tick is a jump of %s", jump)
 	}
-	at := mono.Add(20 * time.Second)
+	at = mono.Add(20 * time.Second)
 	if jump := c.jumpTo(mono.Round(0).Add(24*time.Hour), at); jump < 23*time.Hour {
 		t.Errorf("a day is a jump of %s", jump)
 	}
