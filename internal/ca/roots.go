@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffed/spiffed/internal/ca/lint"
@@ -44,9 +45,9 @@ type root struct {
 }
 
 // PrepareRoot makes the root that is to follow the active one and puts it into
-// the bundle. Every earlier root that is there with its key, and is not tainted,
-// certifies it, so that whoever knows one of them gets to the new one. It is not
-// used before ActivateRoot. ErrPrecondition if one is prepared already.
+// the bundle. It is not used before ActivateRoot, and nobody certifies it before
+// that: one that is given up leaves nothing behind by which its key is trusted.
+// ErrPrecondition if one is prepared already.
 func (c *CA) PrepareRoot(ctx context.Context) (AuthorityStatus, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -57,9 +58,8 @@ func (c *CA) PrepareRoot(ctx context.Context) (AuthorityStatus, error) {
 				return nil, preconditionf("the root %s is prepared already; activate or revoke it first", r.ID)
 			}
 		}
-		if now.Before(s.root.cert.NotBefore) {
-			return nil, preconditionf("the host's clock says %s, and the active root is valid only from %s; set the clock first (see `timedatectl`)",
-				now.UTC().Format(time.RFC3339), s.root.cert.NotBefore.Format(time.RFC3339))
+		if err := s.checkBegun(now); err != nil {
+			return nil, err
 		}
 		if err := c.checkClock(now); err != nil {
 			return nil, err
@@ -79,9 +79,6 @@ func (c *CA) PrepareRoot(ctx context.Context) (AuthorityStatus, error) {
 		if err != nil {
 			return nil, err
 		}
-		if record.Cross, err = c.crossSign(s, cert, now); err != nil {
-			return nil, err
-		}
 		out = AuthorityStatus{record.ID, "root", string(record.State), record.ExpiresAt, false}
 		return &rootChange{
 			put:  []*registry.Authority{record},
@@ -99,6 +96,10 @@ func (c *CA) PrepareRoot(ctx context.Context) (AuthorityStatus, error) {
 
 // ActivateRoot makes a prepared root the one that signs, by a new signing CA. The
 // one before becomes old and stays in the bundle: what it signed stays valid.
+// Every earlier root that is there with its key, and is not tainted, certifies the
+// new one, so that whoever knows one of them gets to it. That is one step with the
+// activation: there is no active root without its cross certificates, and none of
+// these is stored for another one.
 func (c *CA) ActivateRoot(ctx context.Context, id string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -116,6 +117,11 @@ func (c *CA) ActivateRoot(ctx context.Context, id string) error {
 		if err != nil {
 			return nil, err
 		}
+		// Before its beginning the one before could not certify the new one, and
+		// whoever knows no other would be left behind.
+		if err := s.checkBegun(now); err != nil {
+			return nil, err
+		}
 		next := rootCA{id, r.cert, key}
 		if made, err = c.newSigning(next, now); err != nil {
 			return nil, err
@@ -123,6 +129,9 @@ func (c *CA) ActivateRoot(ctx context.Context, id string) error {
 		early = now.Before(r.CreatedAt.Add(publishHints * c.cfg.RefreshHint))
 		active, old := *r.Authority, *s.roots[s.root.id].Authority
 		active.State, active.ActivatedAt = registry.Active, now
+		if active.Cross, err = c.crossSign(s, r.cert, now); err != nil {
+			return nil, err
+		}
 		old.State = registry.Old
 		return &rootChange{put: []*registry.Authority{&active, &old}, x509: s.bundle.X509Authorities, root: next, signing: made}, nil
 	})
@@ -177,13 +186,19 @@ func (c *CA) TaintRoot(ctx context.Context, id string) error {
 // the succession, unless it is compromised: then nobody is led there by it. That
 // can also be said of a root that was revoked before.
 //
+// A compromised root is not revoked before the earlier ones that lead to it have
+// left the bundle (ErrPrecondition): whoever trusts one of them accepts what the
+// stolen key signs, by a cross certificate that was shown in every handshake and
+// that nothing takes back. The error names them. They are old, so there is always
+// a way: activate another root, then taint and revoke them, then this one.
+//
 // If the key could not be removed, that is an error although the rest is done;
 // the next Open tries again.
 func (c *CA) RevokeRoot(ctx context.Context, id string, compromised bool) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var gone *root
-	err := c.changeRoots(ctx, func(s *state, _ time.Time) (*rootChange, error) {
+	err := c.changeRoots(ctx, func(s *state, now time.Time) (*rootChange, error) {
 		r, err := s.findRoot(id)
 		switch {
 		case err != nil:
@@ -194,6 +209,9 @@ func (c *CA) RevokeRoot(ctx context.Context, id string, compromised bool) error 
 			return nil, preconditionf("what it signed may be in use; taint it first, so that agents replace that")
 		case r.State == registry.Revoked && (r.Compromised || !compromised):
 			return nil, preconditionf("it is revoked already")
+		}
+		if by := leadingTo(s.roots, id, now); compromised && len(by) > 0 {
+			return nil, preconditionf("it is certified by earlier roots that are in the bundle, and whoever trusts these accepts what its key signs: taint and revoke %s first", strings.Join(by, ", "))
 		}
 		gone = r
 		record := *r.Authority
@@ -258,6 +276,16 @@ func (c *CA) changeRoots(ctx context.Context, plan func(*state, time.Time) (*roo
 		return err
 	}
 	c.publish(next)
+	return nil
+}
+
+// checkBegun says so if the clock is before the active root, which only a wrong
+// one can be.
+func (s *state) checkBegun(now time.Time) error {
+	if now.Before(s.root.cert.NotBefore) {
+		return preconditionf("the host's clock says %s, and the active root is valid only from %s; set the clock first (see `timedatectl`)",
+			now.UTC().Format(time.RFC3339), s.root.cert.NotBefore.Format(time.RFC3339))
+	}
 	return nil
 }
 

@@ -244,25 +244,171 @@ func TestSuccession(t *testing.T) {
 	}
 }
 
-// Where the root in between is compromised, those before it lead to the new one
-// directly.
+// forged is what a thief of a root's key presents, with the cross certificates
+// that he has seen in handshakes.
+func forged(t *testing.T, c *CA, stolen rootCA, cross ...*x509.Certificate) []*x509.Certificate {
+	t.Helper()
+	signing, err := c.newSigning(stolen, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain, err := signLeaf(signing, X509Params{ID: workload, PublicKey: newTestKey(t).Public(), TTL: time.Hour}, time.Now(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return append(chain, cross...)
+}
+
+// believed says whether somebody who is up to date accepts the chain.
+func believed(t *testing.T, c *CA, chain []*x509.Certificate) bool {
+	t.Helper()
+	_, _, err := x509svid.Verify(chain, trust(t, c.Bundle()))
+	return err == nil
+}
+
+// While a root that leads to a compromised one is in the bundle, that one cannot
+// be revoked, since its thief would be believed all the same. In the order that
+// the error asks for it can. Then those before it lead to the new root directly,
+// and the thief is believed by nobody who is up to date.
 func TestSuccessionAroundACompromisedRoot(t *testing.T) {
 	c := openTest(t, Config{})
-	r1 := c.Root()
-	bad := nextRoot(t, c)
-	r2 := c.Root()
-	nextRoot(t, c)
-	if got := names(c.Succession(), []*x509.Certificate{r1, r2, c.Root()}); got != "R3/R2 R2/R1" {
+	roots, ids := []*x509.Certificate{c.Root()}, []string{c.state.Load().root.id}
+	next := func() {
+		t.Helper()
+		ids, roots = append(ids, nextRoot(t, c)), append(roots, c.Root())
+	}
+	next()
+	next()
+	stolen := c.state.Load().root
+	theft := forged(t, c, stolen, c.Succession()...)
+	next()
+	if !believed(t, c, theft) {
+		t.Fatal("the test tests nothing")
+	}
+	if got := names(c.Succession(), roots); got != "R4/R3 R3/R2 R2/R1" {
 		t.Errorf("succession %q", got)
 	}
-	revokeRoot(t, c, bad, true)
-	if got := names(c.Succession(), []*x509.Certificate{r1, r2, c.Root()}); got != "R3/R1" {
+	refused := func(want string) {
+		t.Helper()
+		before := c.Bundle()
+		err := c.RevokeRoot(t.Context(), ids[2], true)
+		if !errors.Is(err, ErrPrecondition) || !strings.Contains(err.Error(), "taint and revoke "+want+" first") {
+			t.Errorf("revoking R3: %v, want that it names %s", err, want)
+		}
+		if c.Bundle() != before || c.Compromised(roots[2]) {
+			t.Error("it changed something")
+		}
+	}
+	for _, id := range ids[:3] {
+		if err := c.TaintRoot(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused(ids[0] + ", " + ids[1])
+	revoke := func(n int, compromised bool) {
+		t.Helper()
+		if err := c.RevokeRoot(t.Context(), ids[n-1], compromised); err != nil {
+			t.Fatal(err)
+		}
+	}
+	revoke(2, false)
+	refused(ids[0])
+	revoke(1, false)
+	revoke(3, true)
+	if believed(t, c, theft) {
+		t.Error("the thief is believed")
+	}
+	for i, root := range roots {
+		if got := c.Compromised(root); got != (i == 2) {
+			t.Errorf("R%d is compromised: %t", i+1, got)
+		}
+	}
+	if got := names(c.Succession(), roots); got != "R4/R2 R2/R1" {
 		t.Errorf("succession %q", got)
 	}
 	chain := presented(t, c)
-	if !accepted(t, r1, chain) || accepted(t, r2, chain) {
-		t.Errorf("who knows R1: %t, who knows R2, which is compromised: %t", accepted(t, r1, chain), accepted(t, r2, chain))
+	for i, root := range roots {
+		if got := accepted(t, root, chain); got != (i != 2) {
+			t.Errorf("who knows only R%d accepts: %t", i+1, got)
+		}
 	}
+}
+
+// It makes no difference that the root in between, by which the way goes, has left
+// the bundle, nor that the compromised one has.
+func TestCompromisedRootAtTheEndOfAWay(t *testing.T) {
+	c := openTest(t, Config{})
+	first := c.state.Load().root.id
+	second := nextRoot(t, c)
+	if err := c.TaintRoot(t.Context(), first); err != nil { // so that it does not certify R3 itself
+		t.Fatal(err)
+	}
+	third := nextRoot(t, c)
+	stolen := c.state.Load().root
+	theft := forged(t, c, stolen, c.Succession()...)
+	nextRoot(t, c)
+	revokeRoot(t, c, second, false)
+	revokeRoot(t, c, third, false)
+	if !believed(t, c, theft) {
+		t.Fatal("the test tests nothing")
+	}
+	if err := c.RevokeRoot(t.Context(), third, true); !errors.Is(err, ErrPrecondition) || !strings.Contains(err.Error(), "revoke "+first+" first") {
+		t.Errorf("with R1 in the bundle: %v", err)
+	}
+	if err := c.RevokeRoot(t.Context(), first, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.RevokeRoot(t.Context(), third, true); err != nil {
+		t.Fatal(err)
+	}
+	if believed(t, c, theft) {
+		t.Error("the thief is believed")
+	}
+}
+
+// A prepared root is certified by nobody, so that when it is given up its key is
+// worth nothing; it is when it is activated, by who may certify it then.
+func TestPreparedRootIsNotCertified(t *testing.T) {
+	j := newJournal(t)
+	c := openTest(t, Config{Journal: j})
+	first := c.state.Load().root.id
+	nextRoot(t, c)
+	id := prepareRoot(t, c)
+	if n := len(j.records[id].Cross); n != 0 {
+		t.Fatalf("a prepared root has %d cross certificates", n)
+	}
+	if err := c.RevokeRoot(t.Context(), id, true); err != nil {
+		t.Errorf("giving it up as compromised: %v", err)
+	}
+	id = prepareRoot(t, c)
+	if err := c.TaintRoot(t.Context(), first); err != nil {
+		t.Fatal(err)
+	}
+	j.before = func() error { // nor when it was not activated after all
+		j.before = nil
+		return errFault
+	}
+	if err := c.ActivateRoot(t.Context(), id); !errors.Is(err, errFault) {
+		t.Fatal(err)
+	}
+	if n := len(j.records[id].Cross); n != 0 {
+		t.Errorf("after an activation that failed it has %d cross certificates", n)
+	}
+	activateRoot(t, c, id)
+	if n := len(j.records[id].Cross); n != 1 {
+		t.Errorf("it has %d cross certificates, want that by the one before; the first is tainted", n)
+	}
+}
+
+// Before its beginning a root can certify none, and is not replaced either.
+func TestActivationBeforeTheActiveRoot(t *testing.T) {
+	c := openTest(t, Config{})
+	id := prepareRoot(t, c)
+	synctest.Test(t, func(t *testing.T) { // in the year 2000
+		if err := c.ActivateRoot(t.Context(), id); !errors.Is(err, ErrPrecondition) || !strings.Contains(err.Error(), "the active root is valid only from") {
+			t.Errorf("activating a root: %v", err)
+		}
+	})
 }
 
 // Every kind of key certifies every other, and nothing outlives its issuer.
@@ -296,6 +442,39 @@ func TestCrossKeyTypes(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A cross certificate ends before the roots do, and then leads nowhere, for the
+// thief of a key neither.
+func TestCrossTTL(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := openTest(t, Config{})
+		first := c.state.Load().root.id
+		id := prepareRoot(t, c)
+		time.Sleep(100 * day)
+		activateRoot(t, c, id)
+		if got, want := c.Succession()[0].NotAfter, time.Now().Add(crossTTL); !got.Equal(want) {
+			t.Errorf("valid until %s, want %s", got, want)
+		}
+		nextRoot(t, c)
+		if err := c.TaintRoot(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(crossTTL - time.Second)
+		if len(c.Succession()) != 2 {
+			t.Error("a succession that ends early")
+		}
+		if err := c.RevokeRoot(t.Context(), id, true); !errors.Is(err, ErrPrecondition) || !strings.Contains(err.Error(), first) {
+			t.Errorf("revoking a root that another one leads to: %v", err)
+		}
+		time.Sleep(time.Second)
+		if len(c.Succession()) != 0 {
+			t.Error("a succession by what has expired")
+		}
+		if err := c.RevokeRoot(t.Context(), id, true); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // A root that has expired leads nowhere, and cannot certify another one.
