@@ -107,13 +107,23 @@ func (n *Node) Valid(at time.Time) bool {
 	return n.Serial != "" && at.Before(n.ExpiresAt) || n.NextSerial != "" && at.Before(n.NextExpiresAt)
 }
 
-// LastSeen is SeenAt. In a record from before there was such a thing, the end of
-// the last SVID stands for it, at most the life of an SVID later.
-func (n *Node) LastSeen() time.Time {
-	if !n.SeenAt.IsZero() {
+// maxAhead is how far a time may be ahead of the clock and still be believed.
+const maxAhead = time.Hour
+
+// LastSeen is SeenAt, at that time. If there is none, in a record from before there
+// was such a thing, or it comes from a clock that was ahead, then the end of the
+// last SVID stands for it, at most the life of an SVID later; or the attestation.
+func (n *Node) LastSeen(at time.Time) time.Time {
+	if !n.SeenAt.IsZero() && n.SeenAt.Sub(at) <= maxAhead {
 		return n.SeenAt
 	}
-	return slices.MaxFunc([]time.Time{n.AttestedAt, n.ExpiresAt, n.NextExpiresAt}, time.Time.Compare)
+	var seen time.Time
+	for _, t := range []time.Time{n.AttestedAt, n.ExpiresAt, n.NextExpiresAt} {
+		if t.After(seen) && (n.SeenAt.IsZero() || t.Sub(at) <= maxAhead) {
+			seen = t
+		}
+	}
+	return seen
 }
 
 // Clone returns a deep copy.

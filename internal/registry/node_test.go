@@ -60,12 +60,16 @@ func TestLastSeen(t *testing.T) {
 		want time.Time
 	}{
 		"seen":        {Node{SeenAt: at(5), AttestedAt: at(1), ExpiresAt: at(9)}, at(5)},
+		"just ahead":  {Node{SeenAt: at(13600), AttestedAt: at(1), ExpiresAt: at(9)}, at(13600)},
+		"far ahead":   {Node{SeenAt: at(13601), AttestedAt: at(1), ExpiresAt: at(9)}, at(9)},
+		"all ahead":   {Node{SeenAt: at(13601), AttestedAt: at(13601), ExpiresAt: at(20000)}, time.Time{}},
+		"two ahead":   {Node{SeenAt: at(13601), AttestedAt: at(1), ExpiresAt: at(9), NextExpiresAt: at(20000)}, at(9)},
 		"old record":  {Node{AttestedAt: at(1), ExpiresAt: at(9)}, at(9)},
 		"with a next": {Node{AttestedAt: at(1), ExpiresAt: at(9), NextExpiresAt: at(12)}, at(12)},
 		"no SVID":     {Node{AttestedAt: at(1)}, at(1)},
 		"nothing":     {Node{}, time.Time{}},
 	} {
-		if got := c.n.LastSeen(); !got.Equal(c.want) {
+		if got := c.n.LastSeen(at(10000)); !got.Equal(c.want) {
 			t.Errorf("%s: %s, want %s", name, got, c.want)
 		}
 	}

@@ -262,6 +262,49 @@ func TestRejoinRefused(t *testing.T) {
 	}
 }
 
+// TestServerAway: for longer than the window, and then all nodes come back; but
+// none that was not seen for so long while the server was there.
+func TestServerAway(t *testing.T) {
+	t.Parallel()
+	const window = 30 * 24 * time.Hour
+	r := newRig(t)
+	a, b, lost := r.join(""), r.join(""), r.join("")
+	start := func() {
+		r.stop()
+		r.start()
+		a.conn, b.conn, lost.conn = nil, nil, nil
+	}
+	a.away(window + 10*24*time.Hour)
+	b.away(window + 20*24*time.Hour)
+	lost.away(2*window + 11*24*time.Hour)
+	_, err := a.rejoin(a.svid.PrivateKey)
+	wantRefused(t, "while the server was there", err, "more than server.rejoin_window")
+	start()
+	_, err = lost.rejoin(lost.svid.PrivateKey)
+	wantRefused(t, "the server was away for a part of it", err, "more than server.rejoin_window")
+	for name, back := range map[string]*agent{"a": a, "b": b} {
+		if _, err := back.rejoin(back.svid.PrivateKey); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	a.away(time.Hour) // and is what the server was last seen to run by
+	b.away(window + 20*24*time.Hour)
+	start()
+	_, err = b.rejoin(b.svid.PrivateKey)
+	wantRefused(t, "the server was away for an hour", err, "more than server.rejoin_window")
+
+	a.away(window + 10*24*time.Hour)
+	if _, err := r.agents().BanAgent(t.Context(), &agentv1.BanAgentRequest{Id: b.id()}); err != nil {
+		t.Fatal(err)
+	}
+	r.cfg.RejoinWindow = 0
+	start()
+	_, err = a.rejoin(a.svid.PrivateKey)
+	wantRefused(t, "never", err, "server.rejoin_window is 0")
+	_, err = b.rejoin(b.svid.PrivateKey)
+	wantReason(t, "banned", err, types.PermissionDeniedDetails_AGENT_BANNED)
+}
+
 // TestRejoinForbidden: with a window of 0 nobody comes back, by token neither;
 // lost replies are another matter.
 func TestRejoinForbidden(t *testing.T) {

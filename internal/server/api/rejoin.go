@@ -25,7 +25,7 @@ func refused(text string) error {
 // key is proven: what it answers is nothing to a stranger.
 func (a *API) mayRejoin(n *registry.Node) error {
 	const remedy = "`spiffed token create` on the server, then `spiffed join` on the node"
-	seen, window := n.LastSeen(), a.cfg.RejoinWindow
+	seen, window := n.LastSeen(now()), a.cfg.RejoinWindow
 	switch {
 	case n.CanReattest:
 		// What it came by is worth more than a key on a disk.
@@ -34,7 +34,7 @@ func (a *API) mayRejoin(n *registry.Node) error {
 		return nil // a reply was lost, or the node's clock is ahead; it could as well renew
 	case window <= 0:
 		return refused(fmt.Sprintf("the SVID of agent %q has expired and server.rejoin_window is 0: %s", n.ID, remedy))
-	case now().Sub(seen) > window:
+	case now().Sub(seen) > window && !a.cfg.State.excuse(seen, window):
 		return refused(fmt.Sprintf("agent %q was last seen at %s, more than server.rejoin_window (%s) ago: %s", n.ID, seen.UTC().Format(time.RFC3339), inDays(window), remedy))
 	}
 	return nil

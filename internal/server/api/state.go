@@ -23,7 +23,8 @@ var errNotVisible = errors.New("the change is stored, but has not taken effect i
 // watch of the store is its only writer, so it is always some state that the
 // store has really been in. Expired entries are not in it.
 type State struct {
-	index *registry.Index
+	index    *registry.Index
+	absences *absences
 
 	mu        sync.RWMutex // guards the fields below; index has a lock of its own
 	nodes     map[spiffeid.ID]*node
@@ -49,6 +50,7 @@ type node struct {
 func NewState() *State {
 	return &State{
 		index:     registry.NewIndex(),
+		absences:  newAbsences(time.Now()),
 		nodes:     map[spiffeid.ID]*node{},
 		ends:      map[string]*registry.Entry{},
 		followers: newFollowers(),
@@ -118,6 +120,7 @@ func (s *State) apply(c registry.Change) (marks marking) {
 		select {
 		case <-s.ready:
 		default:
+			s.absences.started(time.Now(), c.Nodes)
 			close(s.ready)
 		}
 	}
@@ -192,8 +195,12 @@ func (s *State) refollowAll() (marks marking) {
 }
 
 // CheckExpiry takes entries out whose end has come, and puts those back whose end
-// is to come again, because the clock was wrong and is set back.
-func (s *State) CheckExpiry() { s.checkExpiry().signal() }
+// is to come again, because the clock was wrong and is set back. It is to be
+// called every now and then, and then notices that too.
+func (s *State) CheckExpiry() {
+	s.absences.look(time.Now())
+	s.checkExpiry().signal()
+}
 
 func (s *State) checkExpiry() (marks marking) {
 	s.mu.Lock()
