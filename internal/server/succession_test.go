@@ -169,6 +169,56 @@ func (m *memory) SaveAuthorities(_ context.Context, put []*registry.Authority, _
 	return nil
 }
 
+// A database from before RevokeRoot refused it has a compromised root to which a
+// root in the bundle leads. What its key signed is no client certificate.
+func TestClientByACompromisedRoot(t *testing.T) {
+	journal := &memory{}
+	cfg := ca.Config{TrustDomain: td, Dir: t.TempDir(), Journal: journal}
+	r := &rig{t: t}
+	open := func() {
+		t.Helper()
+		var err error
+		if r.ca, err = ca.Open(t.Context(), cfg); err != nil {
+			t.Fatal(err)
+		}
+	}
+	open()
+	sign := func() []*x509.Certificate {
+		t.Helper()
+		chain, err := r.ca.SignX509SVID(t.Context(), ca.X509Params{ID: id("/admin"), PublicKey: newKey(t).Public(), TTL: time.Hour})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return append(chain, r.ca.Succession()...)
+	}
+	bad := r.nextRoot()
+	stolen := sign()
+	r.nextRoot()
+	sound := sign() // which shows R3 by R2 and R2 by R1 too
+	r.revokeRoot(bad, false)
+	verifier := &clientVerifier{cfg: Config{TrustDomain: td, CA: r.ca}}
+	for name, chain := range map[string][]*x509.Certificate{"stolen": stolen, "sound": sound} {
+		if err := verifier.verify(chain); err != nil {
+			t.Fatalf("%s: the test tests nothing: %v", name, err)
+		}
+	}
+	for i, record := range journal.records {
+		if record.ID == idOf(bad) {
+			known := *record
+			known.Compromised = true
+			journal.records[i] = &known
+		}
+	}
+	open()
+	verifier = &clientVerifier{cfg: Config{TrustDomain: td, CA: r.ca}}
+	if err := verifier.verify(stolen); err == nil || !strings.Contains(err.Error(), "compromised") {
+		t.Errorf("by the stolen key: %v", err)
+	}
+	if err := verifier.verify(sound); err != nil {
+		t.Errorf("one that has a way around it: %v", err)
+	}
+}
+
 func openOwn(t *testing.T, log *bytes.Buffer) *ownSVID {
 	t.Helper()
 	authority, err := ca.Open(t.Context(), ca.Config{TrustDomain: td, Dir: t.TempDir(), Journal: &memory{}})
