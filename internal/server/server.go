@@ -210,7 +210,9 @@ func (s *Server) Run(ctx context.Context) error {
 		s.prune(ctx)
 		return nil
 	})
-	return group.Wait()
+	err := group.Wait()
+	s.api.Wait()
+	return err
 }
 
 // stop lets calls in flight finish, but not for ever.

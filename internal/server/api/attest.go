@@ -261,6 +261,7 @@ func (s *agentService) admit(ctx context.Context, attempt *attempt, attestor str
 		if err := s.cfg.State.awaitNode(ctx, stored, isNew); err != nil {
 			return nil, err
 		}
+		s.copies.trust(id)
 		done := "attested agent"
 		if result.Known && expired {
 			done = "rejoined agent"

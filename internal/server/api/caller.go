@@ -33,18 +33,18 @@ type caller struct {
 	local *peercred.Peer // not nil: by the admin socket
 	id    spiffeid.ID    // zero: without an SVID
 	leaf  *x509.Certificate
-	since time.Time // when the connection was opened
+	since time.Time // when the connection was opened, with the monotonic reading
 	node  *node     // if it is an agent in good standing
 }
 
 // Connection is what is known of a connection by TLS.
 type Connection struct {
 	credentials.TLSInfo
-	openedAt time.Time
+	openedAt time.Time // with the monotonic reading
 }
 
 // NewConnection is called when the handshake is over.
-func NewConnection(info credentials.TLSInfo) *Connection { return &Connection{info, now()} }
+func NewConnection(info credentials.TLSInfo) *Connection { return &Connection{info, time.Now()} }
 
 // LogValue says who it is in the words of the log.
 func (c *caller) LogValue() slog.Value { return slog.GroupValue(c.attrs()...) }

@@ -36,6 +36,8 @@ type copies struct {
 	mu        sync.Mutex // guards the fields below
 	suspected map[spiffeid.ID]suspicion
 	noted     map[spiffeid.ID]time.Time
+
+	noting sync.WaitGroup // what is noted while no call waits for it
 }
 
 // suspicion is that somebody showed what a node had before, and what it has.
@@ -108,6 +110,9 @@ func (a *API) suspectCopy(id spiffeid.ID, address, how string) {
 			delete(c.suspected, other)
 		}
 	}
+	if s, ok := c.suspected[id]; ok && s.serial == n.Serial {
+		return // what was given out since may be for the one who showed this
+	}
 	if c.suspected == nil {
 		c.suspected = map[spiffeid.ID]suspicion{}
 	}
@@ -115,8 +120,18 @@ func (a *API) suspectCopy(id spiffeid.ID, address, how string) {
 	c.suspecting.Store(true)
 }
 
+// trust ends the suspicion of a node that has attested by the key it has: it may
+// be the one that showed what it had before.
+func (c *copies) trust(id spiffeid.ID) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.suspected, id)
+	c.suspecting.Store(len(c.suspected) > 0)
+}
+
 // confirmCopy notes a copy if this new call is by the one that a suspicion waited
-// for. A stream from before says nothing: its other end may be gone.
+// for. A stream from before says nothing: its other end may be gone. The store is
+// not waited for: other calls on the connection would wait as well.
 func (a *API) confirmCopy(ctx context.Context, caller *caller) {
 	c := &a.copies
 	if caller.kinds&Agent == 0 || !c.suspecting.Load() {
@@ -131,22 +146,26 @@ func (a *API) confirmCopy(ctx context.Context, caller *caller) {
 	c.suspecting.Store(len(c.suspected) > 0)
 	c.mu.Unlock()
 	if ok {
-		a.noteCopied(ctx, caller.id, s.address, s.how)
+		c.noting.Go(func() { a.noteCopied(ctx, caller.id, s.address, s.how) })
 	}
 }
 
+// Wait returns when all is stored that no call waited for, a few seconds later at
+// most. No call may come in meanwhile.
+func (a *API) Wait() { a.copies.noting.Wait() }
+
 // noteOldSVID suspects a copy if a refused caller showed an SVID from before the
-// agent's last renewal. Those who hold the new one show it on every connection
+// agent's last renewal. Those who hold a new one show it on every connection
 // that they open, so the old one means something only on a connection that was
-// opened after the new one was first used: on older ones the agent's own calls
-// are still on their way, and its streams are told so. Both times are this
-// server's, and a clock that is set back in between hides a copy at worst.
+// opened after the last was made or first used: on older ones the agent's own calls
+// are still on their way, and its streams are told so. Both times are by the
+// monotonic clock.
 func (a *API) noteOldSVID(c *caller) {
 	if c == nil || c.leaf == nil || !registry.IsAgentID(c.id) {
 		return
 	}
 	n, ok := a.cfg.State.node(c.id)
-	if !ok || n.PromotedAt.IsZero() || c.since.Sub(n.PromotedAt) <= oldSVIDGrace {
+	if !ok || c.since.Sub(n.issued) <= oldSVIDGrace {
 		return
 	}
 	key := sha256.Sum256(c.leaf.RawSubjectPublicKeyInfo)

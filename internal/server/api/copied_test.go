@@ -2,6 +2,7 @@ package api
 
 import (
 	"crypto/sha256"
+	"crypto/x509"
 	"errors"
 	"net"
 	"strings"
@@ -9,6 +10,11 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/tap"
+
+	syncv1 "github.com/spiffed/spiffed/internal/api/spiffed/sync/v1"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -21,18 +27,19 @@ func TestSuspectCopy(t *testing.T) {
 		old, older := cert(n.ID, 2), cert(n.ID, 1)
 		older.RawSubjectPublicKeyInfo = []byte("an older key")
 		sum := sha256.Sum256(older.RawSubjectPublicKeyInfo)
-		n.Serial, n.KeyHash, n.PreviousSerial, n.OlderKeys, n.PromotedAt = "3", []byte("current"), "2", sum[:8], now()
+		n.Serial, n.KeyHash, n.PreviousSerial, n.OlderKeys, n.PromotedAt = "3", []byte("current"), "2", sum[:8], now().Add(-time.Hour) // by a clock that was set since
 		n.NextSerial, n.NextExpiresAt = "4", now().Add(100*time.Hour)
 		if _, err := r.store.PutNode(t.Context(), n); err != nil {
 			t.Fatal(err)
 		}
 		r.watch()
-		promotedAt := n.PromotedAt
+		promotedAt := time.Now()
 		addr := &net.TCPAddr{IP: net.IPv4(192, 0, 2, 2), Port: 1}
 		shows := func(c *caller) { r.noteOldSVID(c) }
 		uses := func(c *caller) {
 			c.kinds = Agent
 			r.confirmCopy(t.Context(), c)
+			r.Wait()
 		}
 		copied := func() *registry.Copied {
 			t.Helper()
@@ -139,5 +146,65 @@ func TestSuspectCopy(t *testing.T) {
 		if strings.Contains(r.logs.String(), "level=ERROR") {
 			t.Errorf("log: %s", r.logs)
 		}
+	})
+}
+
+// TestOneMachineThatIsBehind: its disk was full when it renewed, and it crashed. It
+// shows what it has, comes back by its key, and shows it once more on a connection
+// from before.
+func TestOneMachineThatIsBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newPushRig(t)
+		n := testNode("/spire/agent/x/1")
+		n.Serial, n.KeyHash, n.PreviousSerial = "2", []byte("current"), "1"
+		put := func(change func(*registry.Node)) {
+			t.Helper()
+			got, err := r.updateNode(t.Context(), n.ID, func(n *registry.Node) error { change(n); return nil })
+			if err != nil {
+				t.Fatal(err)
+			}
+			n = got
+		}
+		if _, err := r.store.PutNode(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+		r.watch()
+		connect := func() *Connection { return NewConnection(credentials.TLSInfo{}) }
+		call := func(serial int64, on *Connection) {
+			on.State.PeerCertificates = []*x509.Certificate{cert(n.ID, serial)}
+			ctx := peer.NewContext(t.Context(), &peer.Peer{Addr: &net.TCPAddr{IP: net.IPv4(192, 0, 2, 2), Port: 1}, AuthInfo: on})
+			_, _ = r.Tap(ctx, &tap.Info{FullMethodName: syncv1.Sync_Follow_FullMethodName})
+			r.Wait()
+		}
+		copied := func(what string, want bool) {
+			t.Helper()
+			got, err := r.store.GetNode(t.Context(), n.ID)
+			if err != nil || (got.Copied != nil) != want {
+				t.Fatalf("%s: noted %+v, %v, want %v", what, got.Copied, err, want)
+			}
+		}
+		time.Sleep(2 * oldSVIDGrace)
+		old := connect()
+		call(1, old)
+		put(func(n *registry.Node) {
+			n.NextSerial, n.NextExpiresAt, n.NextKeyHash = "3", now().Add(time.Hour), n.KeyHash
+		})
+		r.copies.trust(n.ID) // as attesting does
+		call(1, old)
+		call(3, connect())
+		copied("back by its key", false)
+		put(func(n *registry.Node) { n.Promote(now()) })
+
+		// The suspicion stands: the next SVID may be for the one who showed the old.
+		time.Sleep(2 * oldSVIDGrace)
+		old = connect()
+		call(2, old)
+		put(func(n *registry.Node) { n.NextSerial, n.NextExpiresAt = "4", now().Add(time.Hour) })
+		time.Sleep(2 * oldSVIDGrace)
+		call(2, connect())
+		call(4, connect())
+		copied("renewed since", false)
+		call(3, connect())
+		copied("what was good then is used", true)
 	})
 }

@@ -55,16 +55,21 @@ const (
 	seenRetry = time.Minute
 )
 
-// seen is when the next note of a node may be tried: after one that failed, a
-// full disk say, not with every call.
-type seen struct{ retryAt atomic.Int64 }
+// seen is when the last note of a node failed, by the monotonic clock; nil: none
+// did. With a full disk, say, the next is not tried with every call.
+type seen struct{ failed atomic.Pointer[time.Time] }
+
+func (s *seen) retry() bool {
+	failed := s.failed.Load()
+	return failed == nil || time.Since(*failed) >= seenRetry
+}
 
 // noteSeen records that an agent in good standing has called. It is not worth
 // refusing the call for.
 func (a *API) noteSeen(ctx context.Context, c *caller) {
 	t := now()
 	isDue := func(n *registry.Node) bool { return t.Sub(n.SeenAt).Abs() >= seenEvery } // a clock that was ahead counts no more
-	if !isDue(c.node.Node) || t.Unix() < a.seen.retryAt.Load() {
+	if !isDue(c.node.Node) || !a.seen.retry() {
 		return
 	}
 	_, err := a.updateNode(ctx, c.id, func(n *registry.Node) error {
@@ -75,7 +80,8 @@ func (a *API) noteSeen(ctx context.Context, c *caller) {
 		return nil
 	})
 	if err != nil && !errors.Is(err, registry.ErrNotFound) && ctx.Err() == nil {
-		a.seen.retryAt.Store(t.Add(seenRetry).Unix())
+		failed := time.Now()
+		a.seen.failed.Store(&failed)
 		a.log.Warn("noting when an agent was last seen", "agent_id", c.id, "err", err)
 	}
 }

@@ -44,6 +44,10 @@ type State struct {
 type node struct {
 	*registry.Node
 	selectors []registry.Selector // AllSelectors
+
+	// issued is when the last of its SVIDs was, or took the place of another, by the
+	// monotonic clock of this process; or when this server started.
+	issued time.Time
 }
 
 // NewState returns an empty state, which is not ready.
@@ -72,15 +76,21 @@ func (s *State) Apply(c registry.Change) error {
 func (s *State) apply(c registry.Change) (marks marking) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	before := s.nodes
 	if c.Reset {
-		clear(s.nodes)
+		s.nodes = make(map[spiffeid.ID]*node, len(c.Nodes))
 		clear(s.ends)
 	}
 	for _, id := range c.DeletedNodes {
 		delete(s.nodes, id)
 	}
+	issued := time.Now()
 	for _, n := range c.Nodes {
-		s.nodes[n.ID] = &node{n, n.AllSelectors()}
+		next := &node{n, n.AllSelectors(), issued}
+		if old, ok := before[n.ID]; ok && old.Serial == n.Serial && old.NextSerial == n.NextSerial {
+			next.issued = old.issued
+		}
+		s.nodes[n.ID] = next
 	}
 	t := now()
 	deleted := slices.Clone(c.DeletedEntries)
@@ -160,7 +170,7 @@ func (s *State) refollow(marks *marking, c registry.Change) {
 	for _, id := range c.DeletedNodes {
 		if a := s.followers.agents[id]; a != nil {
 			marks.add(slices.Clone(a.streams), []string{})
-			a.instances, a.copied = nil, false // whoever attests next begins anew
+			*a = followed{streams: a.streams} // whoever attests next begins anew
 			s.forget(id)
 		}
 	}

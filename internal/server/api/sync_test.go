@@ -61,7 +61,7 @@ func FuzzSync(f *testing.F) {
 		many.Apply(false, []*registry.Entry{e}, nil)
 	}
 	n := &registry.Node{ID: agent}
-	node := &node{n, n.AllSelectors()}
+	node := &node{Node: n, selectors: n.AllSelectors()}
 
 	f.Add(true, []byte{})
 	f.Add(true, []byte{0, 1, 5, 200, 0, 1, 1, 13, 2, 3, 255, 7})
