@@ -11,11 +11,13 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"weak"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -65,14 +67,42 @@ type pushing struct {
 	stopping chan struct{} // closed when the streams are to end
 	stop     func()
 
-	restored rate.Sometimes // limits what is logged
+	restored restoredLog
+}
+
+// restoredLog limits how often it is logged that agents have seen a later state of
+// the registry. If it is so, all of them say it; one alone may say what it likes,
+// as often as it may call.
+type restoredLog struct {
+	mu    sync.Mutex // guards the fields below
+	agent spiffeid.ID
+	at    time.Time // when it was logged last, because of agent; zero: never
+}
+
+const (
+	restoredEvery      = time.Hour
+	restoredEveryOther = time.Minute // if it is another agent that says so
+)
+
+func (r *restoredLog) due(agent spiffeid.ID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	every := restoredEvery
+	if agent != r.agent {
+		every = restoredEveryOther
+	}
+	t := time.Now()
+	if !r.at.IsZero() && t.Sub(r.at) < every {
+		return false
+	}
+	r.agent, r.at = agent, t
+	return true
 }
 
 func newPushing() *pushing {
 	p := &pushing{
 		limit:    newLimiter(followRate, 1),
 		stopping: make(chan struct{}),
-		restored: rate.Sometimes{Interval: time.Minute},
 	}
 	p.stop = sync.OnceFunc(func() { close(p.stopping) })
 	return p
@@ -157,7 +187,12 @@ func (a *API) follow(stream followStream) error {
 	if err != nil {
 		return err
 	}
-	if l.f, err = a.cfg.State.follow(c.id, hello.Instance); err != nil {
+	// The agent may have gone while it was waited for above, and may have called
+	// again since: that stream must not be ended for one which is dead.
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if l.f, err = a.cfg.State.follow(c.id, hello.Instance, connectionOf(ctx)); err != nil {
 		return err
 	}
 	defer a.cfg.State.unfollow(l.f)
@@ -168,10 +203,18 @@ func (a *API) follow(stream followStream) error {
 	return l.serve()
 }
 
+// connectionOf says which connection a call came by. Follow is not served on the
+// admin socket.
+func connectionOf(ctx context.Context) connectionID {
+	p, _ := peer.FromContext(ctx)
+	conn, _ := p.AuthInfo.(*Connection)
+	return weak.Make(conn)
+}
+
 // receive hands the agent's requests over, one at a time.
 func (l *following) receive(done <-chan struct{}) {
 	for {
-		req, err := l.stream.Recv()
+		req, err := l.recv()
 		if err == nil && req.GetWant() != nil && l.unanswered.Swap(true) {
 			err = registry.Invalidf("a Want came before the Entries for the one before")
 		}
@@ -184,6 +227,11 @@ func (l *following) receive(done <-chan struct{}) {
 			return
 		}
 	}
+}
+
+func (l *following) recv() (req *syncv1.FollowRequest, err error) {
+	defer l.api.recover(syncv1.Sync_Follow_FullMethodName, &err)
+	return l.stream.Recv()
 }
 
 // hello waits for the first request and checks it.
@@ -273,11 +321,9 @@ func (l *following) snapshot(hello *syncv1.Hello) error {
 		l.sent[e.ID] = e.Revision
 	}
 	restored := hello.Revision > revision
-	if restored {
-		a.pushing.restored.Do(func() {
-			a.log.Warn("an agent has seen a later state of the registry than this server has: the store seems to have been restored from an older backup",
-				"type", "audit", "agent_id", l.f.agent, "revision", revision, "agent_revision", hello.Revision)
-		})
+	if restored && a.pushing.restored.due(l.f.agent) {
+		a.log.Warn("an agent has seen a later state of the registry than this server has: the store seems to have been restored from an older backup",
+			"type", "audit", "agent_id", l.f.agent, "revision", revision, "agent_revision", hello.Revision)
 	}
 	digest := registry.Digest(entries)
 	if bytes.Equal(hello.EntriesDigest, digest[:]) && !restored {
@@ -391,7 +437,11 @@ func (l *following) turn(req *syncv1.FollowRequest) error {
 	if l.unconfirmed && t.Sub(l.openedAt) >= returnedFor {
 		l.unconfirmed = false
 		l.api.cfg.State.confirmCopy(l.f)
-		l.api.noteCopied(l.ctx, l.f.agent, callerOf(l.ctx).addr.String(), copiedProcess)
+		how := copiedProcess
+		if l.f.cloned {
+			how = copiedMemory
+		}
+		l.api.noteCopied(l.ctx, l.f.agent, callerOf(l.ctx).addr.String(), how)
 	}
 	if t.Sub(l.sentAt) >= keepAliveEvery || t.Sub(l.keptAlive) >= keepAliveAtLeast {
 		return l.sendKeepAlive()
@@ -399,8 +449,11 @@ func (l *following) turn(req *syncv1.FollowRequest) error {
 	return nil
 }
 
-// copiedProcess is what was seen of a copy.
-const copiedProcess = "a process of it came back after another one had taken its place"
+// What was seen of a copy.
+const (
+	copiedProcess = "a process of it came back after another one had taken its place"
+	copiedMemory  = "one process of it calls on two connections in turns, as when a virtual machine was cloned with its memory"
+)
 
 // authorize asks whether the agent may have anything still, and finds out what.
 // The SVID that the stream was opened with has often been renewed since. It is
@@ -431,7 +484,12 @@ func (l *following) send(resp *syncv1.FollowResponse) error {
 	sent := make(chan error, 1)
 	// Send waits for an agent that does not read, and can be left only by ending
 	// the call.
-	go func() { sent <- l.stream.Send(resp) }()
+	go func() {
+		var err error
+		defer func() { sent <- err }()
+		defer l.api.recover(syncv1.Sync_Follow_FullMethodName, &err)
+		err = l.stream.Send(resp)
+	}()
 	timeout := time.NewTimer(sendTimeout)
 	defer timeout.Stop()
 	select {

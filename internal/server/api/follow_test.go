@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -153,9 +154,14 @@ func (s *fakeStream) Send(resp *syncv1.FollowResponse) error {
 	}
 }
 
-// newStream returns a stream of the agent with that SVID, and how it ended.
+// newStream returns a stream of the agent with that SVID on a connection of its
+// own, and how it ended.
 func (r *pushRig) newStream(leaf *x509.Certificate, address string) (*fakeStream, <-chan error) {
-	s := r.unservedStream(leaf, address)
+	return r.newStreamOn(newConnection(leaf), address)
+}
+
+func (r *pushRig) newStreamOn(conn *Connection, address string) (*fakeStream, <-chan error) {
+	s := r.unservedStreamOn(conn, address)
 	end := make(chan error, 1)
 	go func() {
 		defer s.cancel() // as gRPC does when a handler has returned
@@ -170,16 +176,21 @@ func (r *pushRig) newStream(leaf *x509.Certificate, address string) (*fakeStream
 	return s, end
 }
 
+func newConnection(leaf *x509.Certificate) *Connection {
+	return NewConnection(credentials.TLSInfo{State: tls.ConnectionState{PeerCertificates: []*x509.Certificate{leaf}}})
+}
+
 func (r *pushRig) unservedStream(leaf *x509.Certificate, address string) *fakeStream {
+	return r.unservedStreamOn(newConnection(leaf), address)
+}
+
+func (r *pushRig) unservedStreamOn(conn *Connection, address string) *fakeStream {
 	s := &fakeStream{in: make(chan *syncv1.FollowRequest), out: make(chan *syncv1.FollowResponse)}
 	addr, err := net.ResolveTCPAddr("tcp", address)
 	if err != nil {
 		r.Fatal(err)
 	}
-	ctx := peer.NewContext(context.Background(), &peer.Peer{
-		Addr:     addr,
-		AuthInfo: NewConnection(credentials.TLSInfo{State: tls.ConnectionState{PeerCertificates: []*x509.Certificate{leaf}}}),
-	})
+	ctx := peer.NewContext(context.Background(), &peer.Peer{Addr: addr, AuthInfo: conn})
 	s.ctx, s.cancel = context.WithCancel(ctx)
 	return s
 }
@@ -192,7 +203,8 @@ type testAgent struct {
 	instance string
 	version  string
 	address  string
-	keep     bool // keeps what it has from one stream to the next
+	conn     *Connection // nil: another one for each stream
+	keep     bool        // keeps what it has from one stream to the next
 
 	mu       sync.Mutex // guards the fields below
 	have     map[string]*types.Entry
@@ -236,7 +248,11 @@ func (a *testAgent) hello() *syncv1.Hello {
 // call opens a stream and follows it.
 func (a *testAgent) call() {
 	hello := a.hello()
-	a.stream, a.end = a.newStream(a.leaf, a.address)
+	conn := a.conn
+	if conn == nil {
+		conn = newConnection(a.leaf)
+	}
+	a.stream, a.end = a.newStreamOn(conn, a.address)
 	a.done = make(chan struct{})
 	a.got, a.named, a.lacks, a.complete, a.err = nil, map[string]bool{}, nil, false, nil
 	stream, end, done := a.stream, a.end, a.done
@@ -710,7 +726,7 @@ func TestFollowGoneAndBack(t *testing.T) {
 	e := entry("e", "/spire/agent/x/1", "/w")
 	r.apply(registry.Change{Reset: true, Nodes: []*registry.Node{n}})
 	r.put(e)
-	f, err := r.state.follow(n.ID, "one")
+	f, err := r.state.follow(n.ID, "one", connectionID{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -817,7 +833,7 @@ func TestInstances(t *testing.T) {
 	}
 	apply(registry.Change{Reset: true, Nodes: []*registry.Node{n}})
 	follow := func(instance string) *follower {
-		f, err := s.follow(n.ID, instance)
+		f, err := s.follow(n.ID, instance, connectionID{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -840,7 +856,7 @@ func TestInstances(t *testing.T) {
 	}
 	// Another life of the node, before the streams of the one before have ended.
 	apply(registry.Change{DeletedNodes: []spiffeid.ID{n.ID}})
-	if _, err := s.follow(n.ID, "one"); status.Code(err) != codes.Unavailable {
+	if _, err := s.follow(n.ID, "one", connectionID{}); status.Code(err) != codes.Unavailable {
 		t.Errorf("following without a node: %v", err)
 	}
 	apply(registry.Change{Nodes: []*registry.Node{n}})
@@ -876,7 +892,7 @@ func TestOneAmongMany(t *testing.T) {
 	}
 	var fs []*follower
 	for _, n := range c.Nodes {
-		f, err := s.follow(n.ID, "one")
+		f, err := s.follow(n.ID, "one", connectionID{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1160,6 +1176,27 @@ func TestFollowRestored(t *testing.T) {
 			t.Errorf("logged %s", r.logs)
 		}
 		a.hangUp()
+
+		// One agent that says so again and again does not fill the log; that others
+		// say so too is worth to be known.
+		other := testNode("/spire/agent/x/2")
+		r.apply(registry.Change{Nodes: []*registry.Node{other}})
+		b := r.newAgent(other, "two")
+		for _, c := range []struct {
+			*testAgent
+			after  time.Duration
+			logged int
+		}{{a, 10 * time.Minute, 1}, {b, time.Second, 2}, {a, 30 * time.Second, 2}, {b, 50 * time.Minute, 2}, {b, 20 * time.Minute, 3}} {
+			time.Sleep(c.after)
+			c.complete, c.revision = true, 99
+			c.call()
+			synctest.Wait()
+			c.check("after it called again")
+			c.hangUp()
+			if n := strings.Count(r.logs.String(), "older backup"); n != c.logged {
+				t.Errorf("logged %d times, want %d, after %s called", n, c.logged, c.id)
+			}
+		}
 	})
 }
 
@@ -1291,6 +1328,197 @@ func TestFollowTwice(t *testing.T) {
 			t.Errorf("left is %v", r.state.followers.agents)
 		}
 	})
+}
+
+// TestFollowCloned: a virtual machine that was cloned with its memory is one process
+// on two machines. They do not replace each other for ever.
+func TestFollowCloned(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newPushRig(t)
+		n := testNode("/spire/agent/x/1")
+		if _, err := r.store.PutNode(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+		r.watch()
+		copied := func() *registry.Copied {
+			t.Helper()
+			synctest.Wait()
+			got, err := r.store.GetNode(t.Context(), n.ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return got.Copied
+		}
+		a, b := r.newAgent(n, "one"), r.newAgent(n, "one")
+		a.conn, b.conn = newConnection(a.leaf), newConnection(b.leaf)
+		b.address = "192.0.2.9:1"
+		a.call()
+		time.Sleep(time.Second)
+		calls := 0
+		for copied() == nil && calls < 10 { // each is replaced, and comes back
+			b.call()
+			calls++
+			time.Sleep(time.Minute)
+			select {
+			case <-a.done:
+			default:
+				continue
+			}
+			a, b = b, a
+		}
+		if c := copied(); c == nil || c.How != copiedMemory {
+			t.Fatalf("noted of a copy: %v", c)
+		}
+		if calls != maxBack+1 { // the first one need not have been there before
+			t.Errorf("noted after %d calls", calls)
+		}
+		a.goesOn()
+		b.goesOn()
+		// It stays so when they have other connections.
+		for range 3 {
+			for _, x := range []*testAgent{a, b} {
+				x.hangUp()
+				x.conn = newConnection(x.leaf)
+				x.call()
+				time.Sleep(time.Minute)
+				a.goesOn()
+				b.goesOn()
+			}
+		}
+		// The dead streams of one whose network breaks again and again end all the same.
+		for range 3 * maxStreamsOf {
+			b.conn = newConnection(b.leaf)
+			b.call()
+			time.Sleep(2 * time.Second)
+			b.goesOn()
+		}
+		r.state.mu.Lock()
+		for _, f := range r.state.followers.agents[n.ID].streams {
+			defer f.end(errReplaced) // after the test
+		}
+		if n := len(r.state.followers.agents[n.ID].streams); n > maxClones {
+			t.Errorf("%d streams of one process", n)
+		}
+		r.state.mu.Unlock()
+	})
+}
+
+// TestFollowFlaps: a single process whose network breaks as often as you like, which
+// the server does not know of, is no copy; nor is one that calls again on the
+// connection that it has, or whose call was on its way for long.
+func TestFollowFlaps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newPushRig(t)
+		n := testNode("/spire/agent/x/1")
+		if _, err := r.store.PutNode(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+		r.watch()
+		var a, last *testAgent
+		for i := range 40 {
+			last, a = a, r.newAgent(n, "one")
+			a.address = fmt.Sprintf("192.0.2.%d:1", 1+i%2) // by turns over two networks
+			if a.conn = newConnection(a.leaf); i%4 == 3 {
+				a.conn = last.conn
+			}
+			a.call()
+			time.Sleep(1500 * time.Millisecond)
+			a.goesOn()
+			if last != nil {
+				if err := last.ended(); status.Code(err) != codes.Unavailable {
+					t.Errorf("the stream before: %v", err)
+				}
+			}
+		}
+		late := r.newAgent(n, "one")
+		late.conn = last.conn
+		late.call()
+		time.Sleep(time.Minute)
+		a.call()
+		time.Sleep(time.Minute)
+		a.goesOn()
+		got, err := r.store.GetNode(t.Context(), n.ID)
+		if err != nil || got.Copied != nil || len(r.state.followers.agents[n.ID].streams) != 1 {
+			t.Errorf("%v, noted of a copy: %v", err, got.Copied)
+		}
+		a.hangUp()
+	})
+}
+
+// unseen is a context whose end nobody has looked at yet.
+type unseen struct{ context.Context }
+
+func (unseen) Done() <-chan struct{} { return nil }
+
+// TestFollowDead: a handler that comes to its turn when its agent has gone does not
+// end the stream that the agent has opened since.
+func TestFollowDead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newPushRig(t)
+		n := testNode("/spire/agent/x/1")
+		r.apply(registry.Change{Reset: true, Nodes: []*registry.Node{n}})
+		a := r.newAgent(n, "two")
+		a.call()
+		synctest.Wait()
+		s := r.unservedStream(a.leaf, "192.0.2.1:2")
+		c, err := r.authorize(s.ctx, syncv1.Sync_Follow_FullMethodName)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.in = make(chan *syncv1.FollowRequest, 1)
+		s.in <- helloRequest()
+		defer close(s.in)
+		s.cancel()
+		s.ctx = context.WithValue(unseen{s.ctx}, callerKey{}, c)
+		if err := r.follow(s); !errors.Is(err, context.Canceled) {
+			t.Errorf("the dead one: %v", err)
+		}
+		a.goesOn()
+		a.hangUp()
+	})
+}
+
+// panicking is a stream that panics.
+type panicking struct {
+	*fakeStream
+	send bool
+}
+
+func (s *panicking) Send(resp *syncv1.FollowResponse) error {
+	panic("in Send")
+}
+
+func (s *panicking) Recv() (*syncv1.FollowRequest, error) {
+	if s.send {
+		return s.fakeStream.Recv()
+	}
+	panic("in Recv")
+}
+
+// TestFollowPanics: what panics beside the handler ends the stream and not the server.
+func TestFollowPanics(t *testing.T) {
+	for what, send := range map[string]bool{"in Send": true, "in Recv": false} {
+		synctest.Test(t, func(t *testing.T) {
+			r := newPushRig(t)
+			n := testNode("/spire/agent/x/1")
+			r.apply(registry.Change{Reset: true, Nodes: []*registry.Node{n}})
+			s := &panicking{r.unservedStream(cert(n.ID, 1), "192.0.2.1:2"), send}
+			defer s.cancel()
+			c, err := r.authorize(s.ctx, syncv1.Sync_Follow_FullMethodName)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.ctx = context.WithValue(s.ctx, callerKey{}, c)
+			s.in = make(chan *syncv1.FollowRequest, 1)
+			s.in <- helloRequest()
+			if err := r.follow(s); status.Code(err) != codes.Internal {
+				t.Errorf("%s: %v", what, err)
+			}
+			if !strings.Contains(r.logs.String(), what) {
+				t.Errorf("%s: logged %s", what, r.logs)
+			}
+		})
+	}
 }
 
 // TestFollowRate: an agent that calls again and again is held back.

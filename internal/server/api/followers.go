@@ -4,6 +4,8 @@ import (
 	"hash/maphash"
 	"slices"
 	"sync"
+	"time"
+	"weak"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
@@ -21,6 +23,15 @@ const (
 	maxStreamsOf = 8
 	// maxInstances is how many processes of one agent are told apart.
 	maxInstances = 8
+	// maxDisplaced is how many connections of one agent are remembered on which a
+	// stream was ended for another one.
+	maxDisplaced = 8
+	// A process that so often, within that time, calls on a connection after it had
+	// called on another one is two of them. Their back-off may be a minute each.
+	maxBack    = 3
+	backWithin = 10 * time.Minute
+	// maxClones is how many streams of one process are left alone then.
+	maxClones = 4
 )
 
 // followers are the open Follow streams, and what is to be known of their agents
@@ -52,14 +63,24 @@ type followed struct {
 	// order in which they took over.
 	instances []uint64
 	copied    bool // two machines were seen: their streams are left alone
+
+	displaced []connectionID // connections whose stream was ended for another one's of the same process
+	back      []time.Time    // when one of them called again
+	cloned    uint64         // the process that is on two machines; 0: none was seen
 }
+
+// connectionID tells connections apart, also those that are gone, of which it
+// keeps nothing.
+type connectionID = weak.Pointer[Connection]
 
 // follower is an open Follow stream as those see it who have news for it.
 type follower struct {
 	agent     spiffeid.ID
 	instance  uint64
+	conn      connectionID        // not changed
 	selectors []registry.Selector // the node's, as it is found by bySelector
 	returned  bool                // its process was thought to be gone: another had taken its place. Not changed
+	cloned    bool                // returned, and the other one has the same instance. Not changed
 	wake      chan struct{}       // holds one signal: look at take again
 
 	mu        sync.Mutex // guards the fields below; taken after State.mu
@@ -100,6 +121,12 @@ func (f *follower) end(err error) {
 	}
 	f.mu.Unlock()
 	f.signal()
+}
+
+func (f *follower) ending() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.ended != nil
 }
 
 func (f *follower) signal() {
@@ -259,13 +286,14 @@ var (
 	errSuperseded = status.Error(codes.Unavailable, "another process of this agent has called since; call again if this one is to go on")
 )
 
-// follow begins a stream of the agent's process instance. From now on its
-// follower is told of every change; so entries read after this are never stale.
+// follow begins a stream of the agent's process instance, on the connection
+// conn. From now on its follower is told of every change; so entries read after
+// this are never stale.
 //
 // One process of an agent is alive at a time: the stream of the one before is
 // ended. If that one comes back, both are alive. It is let be then, and so is the
-// other one: they would push each other out for ever.
-func (s *State) follow(id spiffeid.ID, instance string) (*follower, error) {
+// other one: they would push each other out for ever. See also cameBack.
+func (s *State) follow(id spiffeid.ID, instance string, conn connectionID) (*follower, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n, ok := s.nodes[id]
@@ -280,7 +308,7 @@ func (s *State) follow(id spiffeid.ID, instance string) (*follower, error) {
 	if len(a.streams) >= maxStreamsOf {
 		return nil, status.Errorf(codes.ResourceExhausted, "agent %q has %d Follow streams open already", id, len(a.streams))
 	}
-	f := &follower{agent: id, instance: maphash.String(instanceSeed, instance), wake: make(chan struct{}, 1)}
+	f := &follower{agent: id, instance: maphash.String(instanceSeed, instance), conn: conn, wake: make(chan struct{}, 1)}
 	switch i := slices.Index(a.instances, f.instance); {
 	case i >= 0 && i < len(a.instances)-1:
 		f.returned = true
@@ -290,10 +318,18 @@ func (s *State) follow(id spiffeid.ID, instance string) (*follower, error) {
 		}
 		a.instances = append(a.instances, f.instance)
 	}
+	if a.cameBack(f, time.Now()) {
+		f.returned, f.cloned = true, true
+		a.cloned = f.instance
+	}
 	leaveOthers := f.returned || a.copied || n.Copied != nil
-	for _, other := range a.streams {
+	clones := 1
+	for _, other := range slices.Backward(a.streams) { // latest first
+		same := other.instance == f.instance
 		switch {
-		case other.instance == f.instance:
+		case same && other.conn != f.conn && f.instance == a.cloned && clones < maxClones:
+			clones++
+		case same:
 			other.end(errReplaced)
 		case !leaveOthers:
 			other.end(errSuperseded)
@@ -303,6 +339,34 @@ func (s *State) follow(id spiffeid.ID, instance string) (*follower, error) {
 	s.followers.n++
 	s.followers.setSelectors(f, n.selectors)
 	return f, nil
+}
+
+// cameBack says whether f shows that its process is on two machines, as when a
+// virtual machine was cloned with its memory: they have the same instance.
+//
+// A process that has lost its connection, or thinks so, opens another one and
+// calls on that; it never turns to the one before again. So a connection whose
+// stream was ended for one on another connection, and that is called on again
+// while that one is open, has a process of its own behind it. A single time may be
+// a call that was on its way for long. The network says nothing of this: how fast
+// or how often a process changes its connection does not matter.
+func (a *followed) cameBack(f *follower, t time.Time) bool {
+	other := false
+	for _, o := range a.streams {
+		if o.instance != f.instance || o.conn == f.conn || o.ending() {
+			continue
+		}
+		other = true
+		if !slices.Contains(a.displaced, o.conn) {
+			a.displaced = append(a.displaced[max(0, len(a.displaced)-maxDisplaced+1):], o.conn)
+		}
+	}
+	if !other || !slices.Contains(a.displaced, f.conn) {
+		return false
+	}
+	a.back = slices.DeleteFunc(a.back, func(at time.Time) bool { return t.Sub(at) >= backWithin })
+	a.back = append(a.back[max(0, len(a.back)-maxBack+1):], t)
+	return len(a.back) == maxBack
 }
 
 // unfollow is called when a stream has ended.
