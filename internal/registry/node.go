@@ -40,7 +40,7 @@ type Node struct {
 	// them has an old copy of the node's disk.
 	PreviousSerial  string    `json:"previous_serial,omitempty"`
 	PreviousKeyHash []byte    `json:"previous_key_hash,omitempty"`
-	PromotedAt      time.Time `json:"promoted_at,omitzero"` // when those in use took their place
+	PromotedAt      time.Time `json:"promoted_at,omitzero"` // by the wall clock, for who reads the record
 
 	// OlderKeys are the keys before that, the newest last: the first bytes of
 	// each hash. They tell a copy of an old disk from a stranger, and no more.
@@ -60,10 +60,12 @@ type Copied struct {
 	How     string    `json:"how"`               // what was seen, in words
 }
 
-// With SVIDs of an hour, renewed at half-life, that is a day.
+// With SVIDs of an hour, renewed at half-life, that is ten days, in 4 KiB. The first
+// bytes of a hash are enough: who knows an older key gains nothing by another one
+// that looks like it, and finding one takes 2^55 keys.
 const (
 	olderKeyLen  = 8 // bytes
-	maxOlderKeys = 48
+	maxOlderKeys = 512
 )
 
 // HasKey says whether a key, by its hash, is that of the SVID in use or the next.
