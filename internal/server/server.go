@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"runtime"
 	"sync"
 	"time"
 
@@ -135,11 +134,12 @@ func New(cfg Config) (*Server, error) {
 		// Fixed windows spare the pings by which gRPC would measure the network.
 		// They bound what a stream holds before it is read, and no more.
 		grpc.StaticStreamWindowSize(window), grpc.StaticConnWindowSize(window),
-		// Goroutines that live on keep the stacks that signing has grown.
 		// Most connections are an agent's that waits for news. A small buffer costs
 		// no system call more, since TLS has one of its own.
 		grpc.ReadBufferSize(4<<10),
-		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
+		// No NumStreamWorkers: they would keep the stacks that signing has grown,
+		// which is a tenth of its CPU time, but a Follow stream holds its worker for
+		// as long as it lives, and each agent has one.
 	)
 	s.admin = grpc.NewServer(
 		grpc.Creds(peercred.NewTransportCredentials()),
