@@ -761,6 +761,49 @@ func TestFollowGoneAndBack(t *testing.T) {
 	}
 }
 
+// TestFollowGoneBetweenPages: what goes while an answer's earlier page waits to be
+// read, and is back with the same revision before the last one is, is sent.
+func TestFollowGoneBetweenPages(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newPushRig(t)
+		n := testNode("/spire/agent/x/1")
+		alias := entry("alias", registry.ServerPath, "/node/web", registry.AllNodes)
+		entries := []*registry.Entry{alias, entry("zz", "/node/web", "/last")}
+		for i := range 400 { // more than one page
+			e := entry(fmt.Sprintf("a%03d", i), n.ID.Path(), "/w")
+			e.Hint = strings.Repeat("h", 1000)
+			entries = append(entries, e)
+		}
+		for _, e := range entries {
+			e.Revision = 1
+		}
+		r.apply(registry.Change{Reset: true, Nodes: []*registry.Node{n}, Entries: entries})
+		a := r.newAgent(n, "one")
+		a.slow = make(chan struct{})
+		slow := a.slow
+		a.call()
+		for range 3 { // Bundles, Revisions, and the KeepAlive, whereupon the first page waits
+			slow <- struct{}{}
+			synctest.Wait()
+		}
+		r.apply(registry.Change{DeletedEntries: []string{"alias"}})
+		slow <- struct{}{}
+		synctest.Wait()
+		if first := a.last(1)[0].GetEntries(); first == nil || !first.More {
+			t.Fatalf("got %T, want the first page", a.last(1)[0].Body)
+		}
+		r.put(alias)
+		a.mu.Lock()
+		a.slow = nil
+		a.mu.Unlock()
+		slow <- struct{}{}
+		synctest.Wait()
+		a.goesOn()
+		a.check("afterwards")
+		a.hangUp()
+	})
+}
+
 // TestFollowTogether: many changes cost an agent that reads slowly one message.
 func TestFollowTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
