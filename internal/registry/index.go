@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
-	"maps"
 	"slices"
 	"sync"
 
@@ -17,7 +16,7 @@ type Index struct {
 	mu       sync.RWMutex // guards the maps; the entries in them are never changed
 	byID     map[string]*Entry
 	byParent map[spiffeid.ID]map[string]*Entry
-	bySPIFFE map[spiffeid.ID]map[string]*Entry
+	bySPIFFE map[spiffeid.ID][]*Entry // nearly always one: a map for each would be most of the index
 	aliases  map[Selector]map[string]*Entry // entries below ServerPath, by their first selector
 }
 
@@ -31,7 +30,7 @@ func NewIndex() *Index {
 func (x *Index) reset() {
 	x.byID = map[string]*Entry{}
 	x.byParent = map[spiffeid.ID]map[string]*Entry{}
-	x.bySPIFFE = map[spiffeid.ID]map[string]*Entry{}
+	x.bySPIFFE = map[spiffeid.ID][]*Entry{}
 	x.aliases = map[Selector]map[string]*Entry{}
 }
 
@@ -50,7 +49,7 @@ func (x *Index) Apply(reset bool, put []*Entry, deleted []string) {
 		x.remove(e.ID)
 		x.byID[e.ID] = e
 		add(x.byParent, e.ParentID, e)
-		add(x.bySPIFFE, e.SPIFFEID, e)
+		x.bySPIFFE[e.SPIFFEID] = append(x.bySPIFFE[e.SPIFFEID], e)
 		if e.IsAlias() {
 			add(x.aliases, e.Selectors[0], e)
 		}
@@ -64,7 +63,12 @@ func (x *Index) remove(id string) {
 	}
 	delete(x.byID, id)
 	drop(x.byParent, e.ParentID, e)
-	drop(x.bySPIFFE, e.SPIFFEID, e)
+	same := x.bySPIFFE[e.SPIFFEID]
+	if same = slices.DeleteFunc(same, func(other *Entry) bool { return other == e }); len(same) > 0 {
+		x.bySPIFFE[e.SPIFFEID] = same
+	} else {
+		delete(x.bySPIFFE, e.SPIFFEID)
+	}
 	if e.IsAlias() {
 		drop(x.aliases, e.Selectors[0], e)
 	}
@@ -103,7 +107,7 @@ func (x *Index) Get(id string) (*Entry, bool) {
 func (x *Index) WithSPIFFEID(id spiffeid.ID) []*Entry {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
-	return slices.Collect(maps.Values(x.bySPIFFE[id]))
+	return slices.Clone(x.bySPIFFE[id])
 }
 
 // Authorized returns the entries that the node agentID may hand to its
