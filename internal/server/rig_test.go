@@ -9,6 +9,8 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
+	"io"
 	"log/slog"
 	"path/filepath"
 	"sync"
@@ -253,7 +255,7 @@ func (r *rig) attest(typ, payload string, csr []byte, answer func([]byte) []byte
 	err = stream.Send(&agentv1.AttestAgentRequest{Step: &agentv1.AttestAgentRequest_Params_{Params: &agentv1.AttestAgentRequest_Params{
 		Data: &types.AttestationData{Type: typ, Payload: []byte(payload)}, Params: &agentv1.AgentX509SVIDParams{Csr: csr},
 	}}})
-	if err != nil {
+	if err != nil && !errors.Is(err, io.EOF) { // io.EOF: refused already, Recv says why
 		return nil, err
 	}
 	for {
