@@ -16,7 +16,7 @@ type Index struct {
 	mu       sync.RWMutex // guards the maps; the entries in them are never changed
 	byID     map[string]*Entry
 	byParent map[spiffeid.ID]map[string]*Entry
-	bySPIFFE map[spiffeid.ID][]*Entry // nearly always one: a map for each would be most of the index
+	bySPIFFE map[spiffeid.ID][]*Entry       // nearly always one: a map for each would be most of the index
 	aliases  map[Selector]map[string]*Entry // entries below ServerPath, by their first selector
 }
 
