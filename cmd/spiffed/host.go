@@ -182,8 +182,12 @@ func (h *host) buildAgent(ctx context.Context) error {
 	settings.Log = h.log
 	settings.Rejoin = rejoin
 	settings.Clock = clock.New(clock.Config{Floor: clock.BuildTime()})
+	id, err := agent.StoredID(cfg.DataDir, settings.TrustDomain)
+	if err != nil {
+		return err
+	}
 	// A node that cannot be in does not touch the cache of the one that was.
-	if id, err := agent.StoredID(cfg.DataDir, settings.TrustDomain); err == nil && (settings.Prover != nil || !id.IsZero()) {
+	if settings.Prover != nil || !id.IsZero() {
 		h.cache, settings.CacheProblem = openCache(ctx, cfg.DataDir, settings.TrustDomain, h.log)
 		settings.Cache = h.cache
 	}
@@ -442,7 +446,7 @@ func agentFolder(dir string, td spiffeid.TrustDomain, log *slog.Logger) error {
 		return nil
 	}
 	if id, serr := agent.StoredID(dir, td); serr != nil || id.IsZero() {
-		return err
+		return errors.Join(err, serr)
 	}
 	log.Warn("the agent's folder cannot be written to: it goes on from memory", "path", dir, "err", err)
 	return nil

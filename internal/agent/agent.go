@@ -257,12 +257,12 @@ func (a *Agent) open() error {
 		return fmt.Errorf("data folder %q has mode %#o: others could put an identity there; chmod 0700 it", a.cfg.DataDir, info.Mode().Perm())
 	}
 	id, err := loadIdentity(a.path, a.cfg.TrustDomain)
-	var exposed *exposedError
+	var damaged *damagedError
 	switch {
 	case err == nil:
 		a.id = id
 	case errors.Is(err, fs.ErrNotExist):
-	case errors.As(err, &exposed):
+	case !errors.As(err, &damaged):
 		return err
 	case a.cfg.Prover == nil:
 		return fmt.Errorf("%w; join again: `spiffed token create` on the server, then `spiffed join` here", err)

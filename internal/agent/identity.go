@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"syscall"
 	"time"
@@ -66,20 +67,60 @@ func (e *exposedError) Error() string {
 	return fmt.Sprintf("identity file %q has mode %#o, so others may have its key: evict this node on the server, remove the file and join again (or, if you are sure that nobody read it, chmod 0600 it)", e.path, e.mode)
 }
 
-// loadIdentity reads the identity file. The error is fs.ErrNotExist if there
-// is none and an *exposedError if it could be read by others.
+// damagedError says that the identity file was read, and that nothing can be made
+// of it. Only such a file is ever set aside: in any other it may be that the node's
+// key, of which there is no copy, is as good as ever.
+type damagedError struct {
+	path string
+	err  error
+}
+
+func (e *damagedError) Error() string {
+	return fmt.Sprintf("reading the stored identity %q: %s", e.path, e.err)
+}
+
+func (e *damagedError) Unwrap() error { return e.err }
+
+// foreignError says that the identity is good for something, but not here: it is
+// of another trust domain, or only a newer program can read it.
+type foreignError struct{ text string }
+
+func (e *foreignError) Error() string { return e.text }
+
+// loadIdentity reads the identity file of a node in a trust domain. The error is
+// fs.ErrNotExist if there is none, an *exposedError if it could be read by others,
+// a *damagedError or a *foreignError; any other one may pass.
 func loadIdentity(path string, td spiffeid.TrustDomain) (*identity, error) {
+	id, err := readIdentity(path)
+	if err != nil || id.trustDomain == td {
+		return id, err
+	}
+	if id.agentID.IsZero() {
+		return nil, &foreignError{fmt.Sprintf("the stored identity %q is of the trust domain %q, not %q (the node has a key there, and is not known to be in): correct agent.trust_domain, or join the other one with `spiffed join`", path, id.trustDomain, td)}
+	}
+	return nil, &foreignError{fmt.Sprintf("the stored identity %q is of the trust domain %q, not %q: this node is %q; correct agent.trust_domain, or leave the old one with `spiffed join --force`", path, id.trustDomain, td, id.agentID)}
+}
+
+// readIdentity is loadIdentity for whatever trust domain it is of.
+func readIdentity(path string) (*identity, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
-	if err != nil {
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("reading the stored identity: %w", err)
+	}
+	// It is not known to be bad, so it is left alone.
+	unread := func(err error) error {
+		return fmt.Errorf("reading the stored identity %q: %w; it was left as it is, since it holds the only copy of this node's key: start again when it can be read, or give this node up: move the file away and run `spiffed join` with a new string", path, err)
+	}
+	if err != nil {
+		return nil, unread(err)
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("reading the stored identity: %w", err)
+		return nil, unread(err)
 	case !info.Mode().IsRegular():
-		return nil, fmt.Errorf("reading the stored identity: %q is not a file", path)
+		return nil, unread(errors.New("it is not a file"))
 	case info.Mode()&0o077 != 0:
 		return nil, &exposedError{path, info.Mode().Perm()}
 	}
@@ -88,19 +129,37 @@ func loadIdentity(path string, td spiffeid.TrustDomain) (*identity, error) {
 		err = fmt.Errorf("larger than %d bytes", maxIdentityFile)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("reading the stored identity %q: %w", path, err)
+		return nil, unread(err)
 	}
 	id, err := parseIdentity(data)
-	if err != nil {
-		return nil, fmt.Errorf("reading the stored identity %q: %w", path, err)
-	}
-	if id.trustDomain != td {
-		return nil, fmt.Errorf("the stored identity %q is of the trust domain %q, not %q", path, id.trustDomain, td)
+	var newer newerError
+	switch {
+	case errors.As(err, &newer):
+		return nil, &foreignError{fmt.Sprintf("the stored identity %q is of %s: run the newer program that wrote it, or give this node up with `spiffed join --force`", path, newer)}
+	case err != nil:
+		return nil, &damagedError{path, err}
 	}
 	return id, nil
 }
 
+// newerError is the version of a file that a newer program wrote.
+type newerError int
+
+func (e newerError) Error() string {
+	return fmt.Sprintf("version %d, this program reads %d", int(e), identityVersion)
+}
+
 func parseIdentity(data []byte) (*identity, error) {
+	// The version first: what else a newer one holds need not look the same.
+	var v struct {
+		Version int `json:"version"`
+	}
+	if err := json.Unmarshal(data, &v); err != nil {
+		return nil, err
+	}
+	if v.Version > identityVersion {
+		return nil, newerError(v.Version)
+	}
 	var f identityFile
 	if err := json.Unmarshal(data, &f); err != nil {
 		return nil, err

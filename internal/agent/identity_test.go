@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -66,8 +68,7 @@ func TestUnusableIdentities(t *testing.T) {
 		return m
 	}
 	for want, change := range map[string]func(t *testing.T, m map[string]any){
-		"version 2":                func(_ *testing.T, m map[string]any) { m["version"] = 2 },
-		`is of the trust domain`:   func(_ *testing.T, m map[string]any) { m["trust_domain"] = "other.org"; delete(m, "chain") },
+		"version 0":                func(_ *testing.T, m map[string]any) { m["version"] = 0 },
 		"trust domain is missing":  func(_ *testing.T, m map[string]any) { delete(m, "trust_domain") },
 		"key:":                     func(_ *testing.T, m map[string]any) { m["key"] = "AAAA" },
 		"pending key:":             func(_ *testing.T, m map[string]any) { m["pending_key"] = "AAAA" },
@@ -106,6 +107,56 @@ func TestUnusableIdentities(t *testing.T) {
 				t.Errorf("aside %v, %v", aside, err)
 			}
 		})
+	}
+}
+
+// What is not damaged is left alone, even with another way to get in: there is no
+// copy of the key in it.
+func TestForeignIdentities(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "identity.json")
+	if err := testIdentity(t).save(path); err != nil {
+		t.Fatal(err)
+	}
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := spiffeid.RequireTrustDomainFromString("exmaple.org")
+	for _, c := range []struct {
+		name string
+		make func() error
+		td   spiffeid.TrustDomain
+		want []string
+	}{
+		{"another trust domain", func() error { return os.WriteFile(path, good, 0o600) }, other,
+			[]string{`is of the trust domain "example.org", not "exmaple.org"`, "/spire/agent/join_token/x", "spiffed join --force"}},
+		{"a key in another trust domain", func() error {
+			return (&identity{trustDomain: td, key: mustKey(t)}).save(path)
+		}, other, []string{`is of the trust domain "example.org"`, "spiffed join"}},
+		{"a newer version", func() error {
+			return os.WriteFile(path, []byte(`{"version": 2, "key": {"kind": "tpm"}}`), 0o600)
+		}, td, []string{"version 2, this program reads 1", "newer program", "spiffed join --force"}},
+		{"unreadable", func() error { return errors.Join(os.Remove(path), os.Symlink(path, path)) }, td,
+			[]string{"too many levels of symbolic links", "it was left as it is", "spiffed join"}},
+		{"not a file", func() error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) }, td,
+			[]string{"it is not a file", "it was left as it is"}},
+	} {
+		if err := c.make(); err != nil {
+			t.Fatal(err)
+		}
+		for _, prover := range []attest.Prover{nil, tokenProver("x")} {
+			_, err := New(Config{TrustDomain: c.td, ServerAddresses: []string{"h:1"}, DataDir: dir, Pin: pinOf(newTestCA(t, td).root), Prover: prover})
+			_, serr := StoredID(dir, c.td)
+			for _, w := range append(c.want, path) {
+				if err == nil || serr == nil || !strings.Contains(err.Error(), w) || !strings.Contains(serr.Error(), w) {
+					t.Errorf("%s: want %q, have %v and %v", c.name, w, err, serr)
+				}
+			}
+			if left, err := os.ReadDir(dir); err != nil || len(left) != 1 || left[0].Name() != "identity.json" {
+				t.Errorf("%s: there is %v, %v", c.name, left, err)
+			}
+		}
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"path/filepath"
 	"runtime"
@@ -61,16 +62,17 @@ type keptState struct {
 }
 
 // StoredID returns the SPIFFE ID of the node whose identity is in an agent's
-// data folder; zero if there is none that can be used. It is an error if others
-// could have read its key.
+// data folder; zero if there is none, or it is damaged. It is an error if it is
+// not known whether there is one that is good: if it cannot be read, if others
+// could have read its key, and if it is of another trust domain or a newer version.
 func StoredID(dataDir string, td spiffeid.TrustDomain) (spiffeid.ID, error) {
 	id, err := loadIdentity(filepath.Join(dataDir, "identity.json"), td)
-	var exposed *exposedError
+	var damaged *damagedError
 	switch {
-	case errors.As(err, &exposed):
-		return spiffeid.ID{}, err
-	case err != nil:
+	case errors.Is(err, fs.ErrNotExist), errors.As(err, &damaged):
 		return spiffeid.ID{}, nil // New says what it makes of it
+	case err != nil:
+		return spiffeid.ID{}, err
 	}
 	return id.agentID, nil
 }
