@@ -17,6 +17,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/spiffed/spiffed/internal/clock"
 )
 
 func validKeyType(keyType string) bool {
@@ -96,8 +98,34 @@ type issued struct {
 	roots []*x509.Certificate // those it was verified by
 }
 
+// verifyChain is X509-SVID §5 at a time. What begins within clock.MaxSkew of it is
+// taken as well: this host's clock may be that much behind the server's, which is
+// right all the same, and what it has just signed is as good as lost otherwise.
+func verifyChain(chain []*x509.Certificate, td spiffeid.TrustDomain, roots []*x509.Certificate, at time.Time) (spiffeid.ID, [][]*x509.Certificate, error) {
+	verify := func(at time.Time) (spiffeid.ID, [][]*x509.Certificate, error) {
+		return x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(at))
+	}
+	id, verified, err := verify(at)
+	if err == nil {
+		return id, verified, nil
+	}
+	var begins []time.Time
+	for _, cert := range slices.Concat(chain, roots) {
+		if after := cert.NotBefore.Sub(at); after > 0 && after <= clock.MaxSkew {
+			begins = append(begins, cert.NotBefore)
+		}
+	}
+	slices.SortFunc(begins, time.Time.Compare)
+	for _, later := range slices.Compact(begins) { // the first that will do: an SVID may be short
+		if id, verified, err := verify(later); err == nil {
+			return id, verified, nil
+		}
+	}
+	return id, nil, err
+}
+
 // verifyIssued checks what the server signed for key before it is used:
-// X509-SVID §5, that it is for our key, and valid at the time given.
+// X509-SVID §5, that it is for our key, and valid at the time given, or soon.
 func verifyIssued(raw [][]byte, key crypto.Signer, td spiffeid.TrustDomain, roots []*x509.Certificate, at time.Time) (*issued, error) {
 	chain, err := parseChain(raw)
 	if err != nil {
@@ -109,7 +137,7 @@ func verifyIssued(raw [][]byte, key crypto.Signer, td spiffeid.TrustDomain, root
 	if id, err := x509svid.IDFromCert(chain[0]); err == nil && !id.MemberOf(td) {
 		return nil, fmt.Errorf("the certificate is for %q, outside of the trust domain %q", id, td)
 	}
-	id, verified, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(at))
+	id, verified, err := verifyChain(chain, td, roots, at)
 	if err != nil {
 		return nil, fmt.Errorf("%w%s", err, clockHint(chain, at))
 	}

@@ -10,7 +10,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -153,7 +152,7 @@ func checkServer(chain []*x509.Certificate, td spiffeid.TrustDomain, roots []*x5
 	if err := checkServerID(chain, td); err != nil {
 		return err
 	}
-	_, _, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(at))
+	_, _, err := verifyChain(chain, td, roots, at)
 	var unknown x509.UnknownAuthorityError
 	if err == nil {
 		return nil

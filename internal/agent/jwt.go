@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/spiffed/spiffed/internal/clock"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -252,7 +253,7 @@ func checkJWT(token string, e *registry.Entry, audience []string, bundle *regist
 
 // jwtLeeway is how far ahead a server's clock may be. (jwtStillGood asks for no
 // less.)
-const jwtLeeway = time.Minute
+const jwtLeeway = clock.MaxSkew
 
 // cachedJWT is a JWT-SVID in memory. It is never on the disk.
 type cachedJWT struct {

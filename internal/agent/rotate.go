@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/spiffed/spiffed/internal/clock"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -33,6 +34,14 @@ type held struct {
 
 	renewAt time.Time // planned, or earlier; owned by steer
 }
+
+// begun says whether an SVID is valid by now, or so soon that this host's clock
+// may just be behind: peers whose clocks are right take it. One of later was
+// issued while the clock was ahead.
+func (h *held) begun(at time.Time) bool { return h.starts.Sub(at) <= clock.MaxSkew }
+
+// good says whether an SVID may be served.
+func (h *held) good(at time.Time) bool { return h.begun(at) && at.Before(h.expires) }
 
 // renewalTime is half of the life that is left at obtained, give or take 10 %,
 // so that those issued together are not renewed together.
@@ -74,8 +83,7 @@ func (a *Agent) plan(at time.Time) (todo []*registry.Entry, next time.Time) {
 			continue
 		}
 		due := at
-		// One that is not valid yet was issued while the clock was ahead.
-		if h != nil && h.revision == e.Revision && !at.Before(h.starts) {
+		if h != nil && h.revision == e.Revision && h.begun(at) {
 			due = h.renewAt
 		}
 		if r := a.retries[e.ID]; r != nil && r.due(at).After(due) {
@@ -109,7 +117,7 @@ func (a *Agent) demanded() map[string]bool {
 	out := map[string]bool{}
 	for id := range a.demand {
 		h := a.held[id]
-		if k := a.known[id]; k == nil || k.entry == nil || h != nil && at.Before(h.expires) {
+		if k := a.known[id]; k == nil || k.entry == nil || h != nil && h.good(at) {
 			delete(a.demand, id)
 			continue
 		}

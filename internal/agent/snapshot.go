@@ -20,7 +20,7 @@ type snapshot struct {
 	federated map[spiffeid.TrustDomain]*registry.Bundle
 	entries   []*registry.Entry // those that have not expired, ordered by ID
 	matcher   *registry.Matcher
-	held      map[string]*held // by entry ID; those that have not expired
+	held      map[string]*held // by entry ID; those that are good
 	changed   chan struct{}    // closed when this is replaced
 }
 
@@ -72,7 +72,7 @@ func (a *Agent) publish() {
 func (s *snapshot) filter(old *snapshot, at time.Time) {
 	s.held = make(map[string]*held, len(s.all.held))
 	for id, h := range s.all.held {
-		if at.Before(h.expires) {
+		if h.good(at) {
 			s.held[id] = h
 		}
 	}
@@ -170,7 +170,7 @@ func (a *Agent) Current(selectors []registry.Selector) (*registry.Update, <-chan
 	seen := map[spiffeid.TrustDomain]bool{}
 	for _, e := range entries {
 		h := s.held[e.ID]
-		if h == nil || !at.Before(h.expires) {
+		if h == nil || !h.good(at) {
 			missing = append(missing, e.ID)
 			continue
 		}

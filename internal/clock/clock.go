@@ -16,14 +16,15 @@ import (
 )
 
 const (
-	// maxSkew is how far clocks may be apart and still both be right. A shorter
-	// jump is none.
-	maxSkew = 5 * time.Minute
+	// MaxSkew is how far clocks may be apart and still both be right. A shorter
+	// jump is none. So what was just issued by the one may begin by that much in
+	// the future of the other.
+	MaxSkew = 5 * time.Minute
 	// settle is how long a clock that jumped is not trusted with what cannot be
 	// undone.
 	settle = 10 * time.Minute
 	// driftShare of the time since a server was heard is allowed on top of
-	// maxSkew: 200 in a million, twice what a poor oscillator does.
+	// MaxSkew: 200 in a million, twice what a poor oscillator does.
 	driftShare = 5000
 )
 
@@ -104,7 +105,7 @@ func (c *Clock) Now() time.Time {
 // look reads the clocks and judges them.
 func (c *Clock) look() (at time.Time, now reading) {
 	now = reading{c.cfg.Wall().Round(0), c.cfg.Boot()}
-	if apart(now.at, c.last.now(now.boot)) > maxSkew {
+	if apart(now.at, c.last.now(now.boot)) > MaxSkew {
 		c.jumped = now.boot
 	}
 	c.last = now
@@ -123,7 +124,7 @@ func (c *Clock) judge(now reading) (time.Time, fault) {
 		}
 		return now.at, none
 	}
-	if floor := c.floor(now.boot); floor.Sub(now.at) > maxSkew {
+	if floor := c.floor(now.boot); floor.Sub(now.at) > MaxSkew {
 		return floor, beforeFloor
 	}
 	return now.at, none
@@ -140,7 +141,7 @@ func (c *Clock) floor(boot time.Duration) time.Time {
 
 // tolerance is how far a clock may be from what the server said, carried on.
 func (c *Clock) tolerance(boot time.Duration) time.Duration {
-	return maxSkew + (boot-c.heard.boot)/driftShare
+	return MaxSkew + (boot-c.heard.boot)/driftShare
 }
 
 func apart(a, b time.Time) time.Duration { return a.Sub(b).Abs() }
@@ -153,13 +154,13 @@ func (c *Clock) Heard(server time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	_, now := c.look()
-	if c.built.at.Sub(server) > maxSkew {
+	if c.built.at.Sub(server) > MaxSkew {
 		c.ignored = server
 		return
 	}
 	c.ignored = time.Time{}
 	if c.contradicts(server, now) {
-		if c.doubted.isZero() || apart(server, c.doubted.now(now.boot)) > maxSkew {
+		if c.doubted.isZero() || apart(server, c.doubted.now(now.boot)) > MaxSkew {
 			c.doubted = reading{server, now.boot}
 		}
 		if now.boot-c.doubted.boot < settle {
@@ -174,7 +175,7 @@ func (c *Clock) Heard(server time.Time) {
 // contradicts says whether the server's clock alone has jumped: what it said
 // before and this host's clock agree with each other and not with it.
 func (c *Clock) contradicts(server time.Time, now reading) bool {
-	if c.heard.isZero() || apart(server, now.at) <= maxSkew {
+	if c.heard.isZero() || apart(server, now.at) <= MaxSkew {
 		return false
 	}
 	best, allowed := c.heard.now(now.boot), c.tolerance(now.boot)
@@ -218,7 +219,7 @@ func (c *Clock) Wall() (wall time.Time, possible bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	_, now := c.look()
-	return now.at, c.built.at.Sub(now.at) <= maxSkew
+	return now.at, c.built.at.Sub(now.at) <= MaxSkew
 }
 
 // Problem says in words what is wrong with the wall clock and what to do; empty

@@ -272,7 +272,7 @@ func TestProblemSince(t *testing.T) {
 }
 
 func TestBuildTime(t *testing.T) {
-	if at := BuildTime(); at.Before(build) || at.After(time.Now().Add(maxSkew)) {
+	if at := BuildTime(); at.Before(build) || at.After(time.Now().Add(MaxSkew)) {
 		t.Errorf("built at %s", at)
 	}
 	for want, said := range map[string][]string{
@@ -288,7 +288,7 @@ func TestBuildTime(t *testing.T) {
 // The host's own clocks, which go on.
 func TestHost(t *testing.T) {
 	c := New(Config{Floor: BuildTime()})
-	if apart(c.Now(), time.Now()) > maxSkew || !c.host {
+	if apart(c.Now(), time.Now()) > MaxSkew || !c.host {
 		t.Errorf("%s", c.Now())
 	}
 	if a, b := sinceBoot(), sinceBoot(); a <= 0 || b < a {
