@@ -8,17 +8,21 @@ import (
 
 // rejoin gets an SVID for the key that the server knows this node by, with
 // nothing but that key: what a node has left that was away until its SVID had
-// expired. After a renewal whose answer was lost it may be the next key.
+// expired. After a renewal whose answer was lost, or was not stored, it may be the
+// next key, and that goes first: a key that the server does not know is only
+// refused, but one that it has seen replaced is what a copy of this node has.
 func (a *Agent) rejoin(ctx context.Context) error {
 	id := a.identity()
-	err := a.rejoinBy(ctx, id, id.key)
-	if err == nil || id.pendingKey == nil || isAway(err) || reasonOf(err) == banned || reasonOf(err) == notAttested {
-		return err
+	if id.pendingKey == nil {
+		return a.rejoinBy(ctx, id, id.key)
 	}
 	next := a.rejoinBy(ctx, id, id.pendingKey)
-	switch {
-	case next == nil || isAway(next) || reasonOf(next) == banned:
+	if next == nil || isAway(next) || reasonOf(next) == banned || reasonOf(next) == notAttested {
 		return next
+	}
+	err := a.rejoinBy(ctx, id, id.key)
+	if err == nil || isAway(err) || reasonOf(err) == banned {
+		return err
 	}
 	return fmt.Errorf("%w; and by its next key: %w", err, next)
 }

@@ -172,12 +172,12 @@ func TestComeBackByKey(t *testing.T) {
 		f.goDown(false)
 		n = start(t, f, cfg)
 		<-n.Ready()
-		if c, r := f.called("AttestAgent"), f.called("rejoin"); c != 4 || r != 3 {
+		if c, r := f.called("AttestAgent"), f.called("rejoin"); c != 7 || r != 6 { // by two keys each
 			t.Errorf("attested %d times, rejoined %d times", c, r)
 		}
 		time.Sleep(time.Hour) // it renews as ever
 		n.says(stateReady)
-		if f.called("rejoin") != 3 {
+		if f.called("rejoin") != 6 {
 			t.Error("rejoined without need")
 		}
 	})
@@ -202,7 +202,8 @@ func TestLostRejoin(t *testing.T) {
 		})
 		time.Sleep(5 * time.Minute)
 		n.says(stateReady)
-		if r := f.called("rejoin"); r != 6 {
+		// Each time by the next key first, which this server has not been shown.
+		if r := f.called("rejoin"); r != 12 {
 			t.Errorf("rejoined %d times", r)
 		}
 	})
@@ -217,7 +218,7 @@ func TestRejoinByNextKey(t *testing.T) {
 		next := n.identity().pendingKey
 		f.set(func() {
 			node := f.nodes[n.AgentID().String()]
-			node.key, node.nextKey, node.previousKey = keyHash(next.Public()), nil, nil
+			node.key, node.nextKey, node.previousKey = keyHash(next.Public()), nil, node.key
 		})
 		f.goDown(false)
 		time.Sleep(2 * time.Minute)
@@ -407,6 +408,7 @@ func TestDiskTakesNothing(t *testing.T) {
 func TestDiskFillsDuringRenewal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFake(t, newTestCA(t, td), false)
+		f.sameKey = true
 		n, cfg := enrolled(t, f)
 		n.stop()
 		key := n.identity().key
@@ -422,7 +424,12 @@ func TestDiskFillsDuringRenewal(t *testing.T) {
 			<-n.Ready()
 			for range 30 {
 				time.Sleep(time.Minute)
-				if !sameKey(key.Public(), n.identity().key) {
+				stored, err := loadIdentity(n.path, td)
+				if err != nil {
+					t.Fatal(err)
+				}
+				// Once the SVID on the disk has expired, a restart is with the next key.
+				if used := n.identity().key.Public(); !sameKey(used, stored.key) && (stored.usable(time.Now()) || !sameKey(used, stored.pendingKey)) {
 					t.Fatal("a key is used that a restart would not be with")
 				}
 				n.await(uid("1"), "an SVID", identities(1))
@@ -432,6 +439,40 @@ func TestDiskFillsDuringRenewal(t *testing.T) {
 			}
 			n.stop()
 		}
+	})
+}
+
+// The disk is full as the node comes back by its next key, which is there. After a
+// restart it must not try the key before that, which only a copy of it would have.
+func TestDiskFullAtRejoin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, newTestCA(t, td), false)
+		n, cfg := enrolled(t, f)
+		n.stop()
+		first := n.identity().key
+		n = prepare(t, f, cfg)
+		n.save = func(id *identity) error {
+			if !sameKey(first.Public(), id.key) {
+				return syscall.ENOSPC
+			}
+			return id.save(n.path)
+		}
+		n.run()
+		<-n.Ready()
+		time.Sleep(12 * time.Minute) // its SVID has expired
+		f.set(func() {
+			if node := f.nodes[n.AgentID().String()]; !bytes.Equal(node.previousKey, keyHash(first.Public())) {
+				t.Fatal("the server has not seen the next key in use")
+			}
+		})
+		n.stop()
+		if stored, err := loadIdentity(n.path, td); err != nil || !sameKey(first.Public(), stored.key) || stored.pendingKey == nil {
+			t.Fatalf("stored %+v, %v", stored, err)
+		}
+		n = start(t, f, cfg)
+		<-n.Ready()
+		n.says(stateReady)
+		n.stop()
 	})
 }
 
