@@ -413,6 +413,11 @@ func (a *Agent) refresh(ctx context.Context) error {
 		if isAway(err) || reasonOf(err) != noReason {
 			return err
 		}
+		if err == nil {
+			// Now, whether or not it signs everything: the next word that this node
+			// is out has to be heard.
+			a.clearRevoked()
+		}
 		a.askAgain()
 		a.fresh = false
 		// A server that cannot list entries may still sign.
@@ -420,7 +425,6 @@ func (a *Agent) refresh(ctx context.Context) error {
 			err = serr
 		}
 		if err == nil {
-			a.clearRevoked()
 			a.readyOnce.Do(func() {
 				a.log.Info("ready", "agent_id", a.AgentID(), "entries", len(a.snap.Load().entries))
 				close(a.ready)
@@ -452,8 +456,9 @@ func (a *Agent) judge(err error, was reason) error {
 	case err == nil:
 	case reasonOf(err) == banned:
 		a.revoke("the server has banned this agent: see `spiffed node list` there; all SVIDs were dropped")
-	case was == notAttested && !isAway(err):
-		// Evicted, and not let in again.
+	case was == notAttested && isDecided(err):
+		// Evicted, and not let in again: that the server is busy, say, is no word on
+		// whether it would.
 		a.revoke("the server does not know this agent (any more) and does not let it in again: `spiffed token create` on the server, then `spiffed join` here; all SVIDs were dropped")
 	}
 	return err
@@ -477,14 +482,22 @@ func (a *Agent) revoke(why string) {
 	a.nextSync = time.Time{}
 	if first {
 		a.log.Error("revoked", "type", "audit", "agent_id", a.AgentID(), "reason", why)
+	}
+	if s := a.snap.Load(); s.all == nil || !s.all.revoked || len(s.all.known)+len(s.all.held)+len(s.all.federated) > 0 {
 		a.publish()
 	}
 }
 
+// clearRevoked notes that the server lets this node in. The snapshots after this
+// may be kept.
 func (a *Agent) clearRevoked() {
 	a.mu.Lock()
-	defer a.mu.Unlock()
+	was := a.revoked
 	a.revoked = ""
+	a.mu.Unlock()
+	if was != "" {
+		a.publish()
+	}
 }
 
 func (a *Agent) takeSyncNow() bool {

@@ -221,11 +221,48 @@ func isCertificateRefused(err error) bool {
 
 // isRefusal says whether asking again soon is pointless.
 func isRefusal(err error) bool {
-	switch status.Code(err) {
+	return refuses(status.Code(err)) || isUntrusted(err) || errors.Is(err, errNoProver)
+}
+
+// refuses says whether a server that answers so has made up its mind.
+func refuses(code codes.Code) bool {
+	switch code {
 	case codes.PermissionDenied, codes.InvalidArgument, codes.Unauthenticated, codes.FailedPrecondition:
 		return true
 	}
-	return isUntrusted(err) || errors.Is(err, errNoProver)
+	return false
+}
+
+// isDecided says whether err is a server's decision not to let this node in, or
+// that there is nothing to ask it with. It is not if any of what was tried has
+// failed in a way that may pass.
+func isDecided(err error) bool {
+	if isAway(err) {
+		return false
+	}
+	decided := errors.Is(err, errNoProver)
+	for _, code := range answers(err) {
+		if !refuses(code) {
+			return false
+		}
+		decided = true
+	}
+	return decided
+}
+
+// answers returns the codes of all the servers' answers that err speaks of.
+func answers(err error) (all []codes.Code) {
+	switch err := err.(type) {
+	case interface{ GRPCStatus() *status.Status }:
+		return append(all, err.GRPCStatus().Code())
+	case interface{ Unwrap() error }:
+		return answers(err.Unwrap())
+	case interface{ Unwrap() []error }:
+		for _, err := range err.Unwrap() {
+			all = append(all, answers(err)...)
+		}
+	}
+	return all
 }
 
 // reason is why a server says that an agent has no permission.
