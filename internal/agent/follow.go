@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -21,8 +22,11 @@ const (
 	// maxSilence is how long a server may say nothing: it promises to say
 	// something every 20 s.
 	maxSilence = 60 * time.Second
-	// catchUpTime bounds how long it may take to come in step.
+	// catchUpTime bounds how long it may take to come in step, and noProgress for
+	// how long nothing but KeepAlives may come until then: nothing is signed
+	// meanwhile.
 	catchUpTime = 5 * time.Minute
+	noProgress  = 60 * time.Second
 	// burst is for how long changes are gathered, so that many which come at once
 	// are signed and served together.
 	burst = 5 * time.Millisecond
@@ -202,16 +206,22 @@ func (f *follow) fail(err error) {
 
 // catchUp takes messages until the agent is in step.
 func (a *Agent) catchUp(ctx context.Context, f *follow) error {
-	deadline := time.NewTimer(catchUpTime)
+	deadline, stuck := time.NewTimer(catchUpTime), time.NewTimer(noProgress)
 	defer deadline.Stop()
+	defer stuck.Stop()
 	for f.since.IsZero() {
 		select {
 		case m := <-f.messages:
 			a.takePushed(m)
+			if m.GetKeepAlive() == nil {
+				stuck.Reset(noProgress)
+			}
 		case <-f.ended:
 			return f.err
 		case <-deadline.C:
 			return fmt.Errorf("it has not said for %s what this agent may have", catchUpTime)
+		case <-stuck.C:
+			return fmt.Errorf("for %s it has said nothing of what this agent may have", noProgress)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -382,9 +392,9 @@ func (a *Agent) spread() time.Duration {
 }
 
 // blame says what the end of a stream means: that nothing was decided, that this
-// node is not welcome, or that the server is to be polled, which is errNoPush. All
-// else is a stream that makes no sense. The next one begins from nothing, and if
-// that does not help, none does.
+// node is not welcome, or that the server is to be polled, which is errNoPush.
+// Or the stream makes no sense. Then the next one begins from nothing, and if that
+// does not help, none does.
 func (a *Agent) blame(l *link, why error) error {
 	err := l.failed("following what the server pushes", why)
 	switch {
@@ -394,6 +404,8 @@ func (a *Agent) blame(l *link, why error) error {
 		a.noPush.link, a.noPush.until = l, time.Now().Add(noPushFor)
 		a.log.Debug("the server does not push; polling it", "address", l.addr, "err", err)
 		return errNoPush
+	case !isNonsense(why):
+		return err // the server's own trouble: a node that asks for more adds to it
 	}
 	n := &a.noPush
 	if time.Since(n.struck) > strikesWithin {
@@ -411,6 +423,15 @@ func (a *Agent) blame(l *link, why error) error {
 	a.mu.Unlock()
 	a.log.Error("what the server pushes makes no sense; polling it for a while", "err", err, "times", maxStrikes, "elapsed_time", noPushFor)
 	return errNoPush
+}
+
+// isNonsense says whether a stream has ended because one side did not understand
+// the other: by what the agent found in it, which is no status, or by the server's
+// word on what it was sent. A status of gRPC's own is about a message that is too
+// large, or cannot be read. All others are about the server's state.
+func isNonsense(why error) bool {
+	s, fromPeer := status.FromError(why)
+	return !fromPeer || s.Code() == codes.InvalidArgument || strings.HasPrefix(s.Message(), "grpc: ")
 }
 
 // isDown says whether a connection is known to lead nowhere.

@@ -930,3 +930,82 @@ func BenchmarkPushedEntry(b *testing.B) {
 	b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "ms-median")
 	b.ReportMetric(float64(took[len(took)-1].Microseconds())/1000, "ms-worst")
 }
+
+// A server in trouble has said nothing of what it pushed: the agent goes on from
+// what it has, and does not poll a server that has enough to do.
+func TestFollowBusyServer(t *testing.T) {
+	for _, code := range []codes.Code{codes.ResourceExhausted, codes.Internal, codes.Aborted, codes.Unknown} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newPushFake(t, newTestCA(t, td), false)
+			f.add(testEntry(1))
+			n := start(t, f, config(t, f))
+			<-n.Ready()
+			time.Sleep(time.Minute)
+			calls, _ := f.push.called()
+			trouble := 2 * maxStrikes
+			f.set(func() {
+				f.before = func(m string) error {
+					if m == "Follow" && trouble > 0 {
+						trouble--
+						return status.Error(code, "try again in 3s")
+					}
+					return nil
+				}
+			})
+			f.push.endAll(status.Error(code, "no more of this"))
+			time.Sleep(5 * time.Second)
+			if followed, _ := n.mode(); followed || n.status().State != "degraded" {
+				t.Errorf("%s: followed %v, status %v", code, followed, n.status())
+			}
+			n.await(uid("1"), "the SVID", identities(1))
+			time.Sleep(5 * time.Minute)
+			if followed, why := n.mode(); !followed || why != nil || f.polled() > 0 || trouble > 0 {
+				t.Errorf("%s: followed %v, %v, polled %d times, %d troubles left", code, followed, why, f.polled(), trouble)
+			}
+			if now, hello := f.push.called(); now == calls || len(hello.EntriesDigest) == 0 || len(hello.BundleTags) == 0 {
+				t.Errorf("%s: called %d times, at last with %v", code, now-calls, hello)
+			}
+			n.stop()
+		})
+	}
+}
+
+// The server keeps alive and never comes to what the agent may have: what is due is
+// signed all the same.
+func TestFollowNoProgress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newPushFake(t, newTestCA(t, td), false)
+		f.svidTTL = 4 * time.Minute
+		f.add(testEntry(1))
+		n := start(t, f, config(t, f))
+		<-n.Ready()
+		n.await(uid("1"), "an SVID", identities(1))
+		f.push.set(func() {
+			f.push.script = func(s followServer, _ *syncv1.Hello) error {
+				alive := time.NewTicker(20 * time.Second)
+				defer alive.Stop()
+				for {
+					if err := s.Send(keepAlive(0)); err != nil {
+						return err
+					}
+					select {
+					case <-s.Context().Done():
+						return s.Context().Err()
+					case <-alive.C:
+					}
+				}
+			}
+		})
+		f.push.endAll(status.Error(codes.Unavailable, "call again"))
+		for range 40 * 6 {
+			time.Sleep(10 * time.Second)
+			if u, _, err := n.Current(uid("1")); err != nil || len(u.Identities) == 0 {
+				t.Fatalf("%v, %v", u, err)
+			}
+		}
+		if !strings.Contains(n.log.String(), "said nothing of what this agent may have") {
+			t.Error("the log does not say so")
+		}
+		n.stop()
+	})
+}

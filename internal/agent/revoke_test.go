@@ -47,7 +47,7 @@ func TestBannedTwice(t *testing.T) {
 	})
 }
 
-// After a ban was lifted the cache is filled again.
+// After a ban was lifted the cache is filled again, be there anything to sign or not.
 func TestCacheAfterABan(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFake(t, newTestCA(t, td), false)
@@ -62,10 +62,21 @@ func TestCacheAfterABan(t *testing.T) {
 		time.Sleep(time.Minute)
 		f.set(func() { node.banned = false })
 		n.await(uid("1"), "the SVID again", identities(1))
-		time.Sleep(time.Minute)
-		synctest.Wait()
-		if got := kinds(inCache(t, crashed(t, cfg))); got != "bundle/example.org entry/entry-00001 state svid/entry-00001" {
-			t.Errorf("the cache has %q", got)
+		for range 2 {
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			want := "bundle/example.org state"
+			if n.status().Entries > 0 {
+				want = "bundle/example.org entry/entry-00001 state svid/entry-00001"
+			}
+			if got := kinds(inCache(t, crashed(t, cfg))); got != want {
+				t.Errorf("the cache has %q, want %q", got, want)
+			}
+			f.remove("entry-00001")
+			time.Sleep(time.Minute)
+			f.set(func() { node.banned = true })
+			time.Sleep(time.Minute)
+			f.set(func() { node.banned = false })
 		}
 		n.stop()
 	})
