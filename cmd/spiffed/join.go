@@ -13,8 +13,10 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/spiffed/spiffed/internal/agent"
+	"github.com/spiffed/spiffed/internal/clock"
 	"github.com/spiffed/spiffed/internal/config"
 	"github.com/spiffed/spiffed/internal/durable"
 )
@@ -111,27 +113,29 @@ func (c *cli) join(ctx context.Context, text string, o joinOptions) error {
 	}
 	defer held.Close()
 
-	log, _ := newLog(config.Log{Format: "text"}, c.stderr)
-	a, err := agent.New(agent.Config{
-		TrustDomain: j.trustDomain, ServerAddresses: j.servers, Prover: j.prover, Pin: j.pin,
-		DataDir: dataDir, Version: version(), Log: log,
-	})
+	agentID, err := agentOfToken(j.trustDomain, j.token)
 	if err != nil {
 		return err
 	}
-	agentID, err := agentOfToken(j.trustDomain, j.token)
+	// Before anything is made of what is there.
+	stored, expires, foreign, err := agent.StoredNode(dataDir, j.trustDomain)
 	if err != nil {
 		return err
 	}
 	// One that has expired is of no use any more: whoever brings a new join string
 	// then wants it to be taken.
-	if id := a.AgentID(); !id.IsZero() && id != agentID && !a.Expired() && !o.force {
-		return withHint(fmt.Errorf("%q holds the identity of a node that is enrolled already, %q", dataDir, id),
+	alive := !stored.IsZero() && clock.New(clock.Config{Floor: clock.BuildTime()}).Now().Before(expires)
+	if alive && stored != agentID && !o.force {
+		return withHint(fmt.Errorf("%q holds the identity of a node that is enrolled already, %q", dataDir, stored),
 			"--force makes this machine another node; for a second agent, --data-dir names another folder")
 	}
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
-	if err := a.Enrol(ctx); err != nil {
+	id, err := c.enrol(ctx, j, dataDir, foreign)
+	if err != nil {
+		if still, _, _, serr := agent.StoredNode(dataDir, j.trustDomain); serr == nil && !still.IsZero() {
+			err = fmt.Errorf("%w (this node is still %q)", err, still)
+		}
 		return fmt.Errorf("enrolling: %w", err)
 	}
 	if err := durable.WriteFile(joinFile, []byte(text+"\n"), 0o600); err != nil {
@@ -145,13 +149,64 @@ func (c *cli) join(ctx context.Context, text string, o joinOptions) error {
 			return fmt.Errorf("the node is enrolled; writing its configuration: %w", err)
 		}
 	}
-	err = c.print(map[string]any{"agent_id": a.AgentID().String(), "config": configPath, "data_dir": dataDir}, func(w io.Writer) {
-		fmt.Fprintln(w, a.AgentID())
+	err = c.print(map[string]any{"agent_id": id.String(), "config": configPath, "data_dir": dataDir}, func(w io.Writer) {
+		fmt.Fprintln(w, id)
 	})
 	if err == nil && c.output == "text" {
 		fmt.Fprintf(c.stderr, "This node is enrolled. Its configuration is in %s; start the agent:\n\n  spiffed run --config %s\n", configPath, configPath)
 	}
 	return err
+}
+
+// sideFolder is where, in an agent's data folder, a node enrols that has an identity
+// in another trust domain.
+const sideFolder = "joining"
+
+// enrol gets this node in, and has its identity in dataDir on return. One of another
+// trust domain (foreign) is replaced when the new one is on the disk, in one step:
+// up to then, and whenever this ends, it is there and as good as before. What an
+// attempt that failed has left aside is used by the next one, since the token is
+// good for the key there alone.
+func (c *cli) enrol(ctx context.Context, j *joining, dataDir string, foreign bool) (spiffeid.ID, error) {
+	side := filepath.Join(dataDir, sideFolder)
+	dir := dataDir
+	if foreign {
+		dir = side
+		switch _, _, another, err := agent.StoredNode(side, j.trustDomain); {
+		case err != nil:
+			return spiffeid.ID{}, err
+		case another: // of an attempt to get in elsewhere
+			if err := os.RemoveAll(side); err != nil {
+				return spiffeid.ID{}, err
+			}
+		}
+	}
+	log, _ := newLog(config.Log{Format: "text"}, c.stderr)
+	a, err := agent.New(agent.Config{
+		TrustDomain: j.trustDomain, ServerAddresses: j.servers, Prover: j.prover, Pin: j.pin,
+		DataDir: dir, Version: version(), Log: log,
+	})
+	if err != nil {
+		return spiffeid.ID{}, err
+	}
+	if err := a.Enrol(ctx); err != nil {
+		return spiffeid.ID{}, err
+	}
+	if !foreign {
+		return a.AgentID(), os.RemoveAll(side)
+	}
+	// An agent goes on from memory when the disk is full; this one ends here.
+	id, _, _, err := agent.StoredNode(side, j.trustDomain)
+	if err == nil && id != a.AgentID() {
+		err = errors.New("the disk did not take the new identity; run the same command again")
+	}
+	if err == nil {
+		err = os.Rename(filepath.Join(side, "identity.json"), filepath.Join(dataDir, "identity.json"))
+	}
+	if err != nil {
+		return spiffeid.ID{}, err
+	}
+	return id, errors.Join(durable.SyncDir(dataDir), os.RemoveAll(side))
 }
 
 // joins says whether the configuration at path is of an agent that comes in by

@@ -116,3 +116,64 @@ func TestJoinAgain(t *testing.T) {
 		t.Fatalf("%v", err)
 	}
 }
+
+// What a node has in one trust domain is not lost by an attempt to join another,
+// with --force or without.
+func TestJoinElsewhere(t *testing.T) {
+	t.Parallel()
+	text := strings.Replace(serverAlone, "AGENT_TTL", "1h", 1)
+	first, second := testHost(t, text), testHost(t, strings.Replace(text, "example.org", "other.org", 1))
+	runHost(t, first)
+	runHost(t, second)
+	dir := t.TempDir()
+	o := joinOptions{config: filepath.Join(dir, "spiffed.toml"), dataDir: filepath.Join(dir, "agent"), timeout: time.Minute}
+	join := func(text string) error {
+		t.Helper()
+		var stdout, stderr bytes.Buffer
+		return (&cli{stdout: &stdout, stderr: &stderr, output: "json"}).join(t.Context(), text, o)
+	}
+	stored := func(path ...string) string {
+		t.Helper()
+		data, err := os.ReadFile(filepath.Join(append(append([]string{o.dataDir}, path...), "identity.json")...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(data)
+	}
+	if err := join(joinString(t, first)); err != nil {
+		t.Fatal(err)
+	}
+	before := stored()
+	o.config = filepath.Join(dir, "second.toml")
+	other := joinString(t, second)
+	err := join(other)
+	if hint := (hinted{}); err == nil || !strings.Contains(err.Error(), "enrolled already, \"spiffe://example.org/") || !errors.As(err, &hint) || !strings.Contains(hint.hint, "--force") {
+		t.Fatalf("%v", err)
+	}
+	o.force = true
+	var key string
+	for range 2 {
+		err = join(strings.Replace(other, second.server.Addr().String(), "127.0.0.1:1", 1))
+		if err == nil || !strings.Contains(err.Error(), "this node is still \"spiffe://example.org/") {
+			t.Fatalf("%v", err)
+		}
+		if stored() != before {
+			t.Fatal("the identity is not what it was")
+		}
+		// The token may be good for this key alone by now.
+		if again := stored(sideFolder); key != "" && again != key {
+			t.Fatal("another key for the same token")
+		} else {
+			key = again
+		}
+	}
+	if err := join(other); err != nil {
+		t.Fatal(err)
+	}
+	if now := stored(); !strings.Contains(now, "spiffe://other.org/") || strings.Contains(now, "spiffe://example.org/") {
+		t.Error("the identity is not the new one")
+	}
+	if _, err := os.Stat(filepath.Join(o.dataDir, sideFolder)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("left aside: %v", err)
+	}
+}

@@ -81,24 +81,18 @@ func (e *damagedError) Error() string {
 
 func (e *damagedError) Unwrap() error { return e.err }
 
-// foreignError says that the identity is good for something, but not here: it is
-// of another trust domain, or only a newer program can read it.
-type foreignError struct{ text string }
-
-func (e *foreignError) Error() string { return e.text }
-
 // loadIdentity reads the identity file of a node in a trust domain. The error is
 // fs.ErrNotExist if there is none, an *exposedError if it could be read by others,
-// a *damagedError or a *foreignError; any other one may pass.
+// or a *damagedError; with any other one the file may be as good as ever.
 func loadIdentity(path string, td spiffeid.TrustDomain) (*identity, error) {
 	id, err := readIdentity(path)
 	if err != nil || id.trustDomain == td {
 		return id, err
 	}
 	if id.agentID.IsZero() {
-		return nil, &foreignError{fmt.Sprintf("the stored identity %q is of the trust domain %q, not %q (the node has a key there, and is not known to be in): correct agent.trust_domain, or join the other one with `spiffed join`", path, id.trustDomain, td)}
+		return nil, fmt.Errorf("the stored identity %q is of the trust domain %q, not %q (the node has a key there, and is not known to be in): correct agent.trust_domain, or join the other one with `spiffed join`", path, id.trustDomain, td)
 	}
-	return nil, &foreignError{fmt.Sprintf("the stored identity %q is of the trust domain %q, not %q: this node is %q; correct agent.trust_domain, or leave the old one with `spiffed join --force`", path, id.trustDomain, td, id.agentID)}
+	return nil, fmt.Errorf("the stored identity %q is of the trust domain %q, not %q: this node is %q; correct agent.trust_domain, or leave the old one with `spiffed join --force`", path, id.trustDomain, td, id.agentID)
 }
 
 // readIdentity is loadIdentity for whatever trust domain it is of.
@@ -135,7 +129,7 @@ func readIdentity(path string) (*identity, error) {
 	var newer newerError
 	switch {
 	case errors.As(err, &newer):
-		return nil, &foreignError{fmt.Sprintf("the stored identity %q is of %s: run the newer program that wrote it, or give this node up with `spiffed join --force`", path, newer)}
+		return nil, fmt.Errorf("the stored identity %q is of %s: it was left as it is, since it holds the only copy of this node's key: run the newer program that wrote it, or give this node up: move the file away and run `spiffed join` with a new string", path, newer)
 	case err != nil:
 		return nil, &damagedError{path, err}
 	}

@@ -136,7 +136,7 @@ func TestForeignIdentities(t *testing.T) {
 		}, other, []string{`is of the trust domain "example.org"`, "spiffed join"}},
 		{"a newer version", func() error {
 			return os.WriteFile(path, []byte(`{"version": 2, "key": {"kind": "tpm"}}`), 0o600)
-		}, td, []string{"version 2, this program reads 1", "newer program", "spiffed join --force"}},
+		}, td, []string{"version 2, this program reads 1", "newer program", "it was left as it is", "spiffed join"}},
 		{"unreadable", func() error { return errors.Join(os.Remove(path), os.Symlink(path, path)) }, td,
 			[]string{"too many levels of symbolic links", "it was left as it is", "spiffed join"}},
 		{"not a file", func() error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) }, td,

@@ -77,6 +77,23 @@ func StoredID(dataDir string, td spiffeid.TrustDomain) (spiffeid.ID, error) {
 	return id.agentID, nil
 }
 
+// StoredNode is StoredID for whatever trust domain: it returns whose identity is
+// there and when it expires, both zero if the node is not known to be in, and
+// whether the identity, or the key for one, is of another trust domain than td.
+func StoredNode(dataDir string, td spiffeid.TrustDomain) (id spiffeid.ID, expires time.Time, foreign bool, err error) {
+	stored, err := readIdentity(filepath.Join(dataDir, "identity.json"))
+	var damaged *damagedError
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.As(err, &damaged):
+		return spiffeid.ID{}, time.Time{}, false, nil // New says what it makes of it
+	case err != nil:
+		return spiffeid.ID{}, time.Time{}, false, err
+	case len(stored.chain) > 0:
+		expires = expiry(stored.chain)
+	}
+	return stored.agentID, expires, stored.trustDomain != td, nil
+}
+
 // restore takes over what the cache holds, so that it is served from the start.
 // Each SVID is verified as if the server had just sent it; what is not good any
 // more is left out, and deleted once keep runs.
