@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -224,8 +225,13 @@ func (r *rig) node(svid *x509svid.SVID, change ...func(*registry.Node)) {
 	for _, f := range change {
 		f(n)
 	}
+	_, err := r.store.GetNode(r.t.Context(), n.ID)
+	isNew, nodes := errors.Is(err, registry.ErrNotFound), r.server.state.Nodes()
 	if _, err := r.store.PutNode(r.t.Context(), n); err != nil {
 		r.t.Fatal(err)
+	}
+	for isNew && r.server.state.Nodes() == nodes { // the watch brings it
+		runtime.Gosched()
 	}
 }
 

@@ -171,6 +171,18 @@ func mustRun(t testing.TB, args ...string) string {
 	return stdout
 }
 
+// logs waits until the process has said something. Its words come by a pipe, and
+// so perhaps after the answer that they are about.
+func (p *process) logs(t testing.TB, text string) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%q is in the log", text), func() error {
+		if out := p.out.String(); !strings.Contains(out, text) {
+			return errors.New(out)
+		}
+		return nil
+	})
+}
+
 // eventually tries again until it works.
 func eventually(t testing.TB, what string, try func() error) {
 	t.Helper()

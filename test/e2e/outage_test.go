@@ -266,6 +266,7 @@ func TestServedFromCache(t *testing.T) {
 		t.Error("the SVID was issued anew without need")
 	}
 	// One SVID was for the new entry.
+	f.server.logs(t, "issued X.509-SVID")
 	if got := strings.Count(f.server.out.String(), "issued X.509-SVID"); issued == 0 || got != 1 {
 		t.Errorf("the server issued %d batches before and %d after, want some and 1\n%s", issued, got, f.server.out.String())
 	}
@@ -308,9 +309,7 @@ func TestRejoin(t *testing.T) {
 	if got := f.tokens(t); got != tokens {
 		t.Errorf("there are %d join tokens, there were %d", got, tokens)
 	}
-	if out := f.server.out.String(); !strings.Contains(out, "rejoined agent") {
-		t.Errorf("the server's log does not say that the agent rejoined:\n%s", out)
-	}
+	f.server.logs(t, "rejoined agent")
 }
 
 // TestNoRejoin: who is not wanted back is not let back in, is told why, and
@@ -442,9 +441,7 @@ func TestCopiedNode(t *testing.T) {
 			start(t, "copy", "run", "--config", f.write(t, "copy.toml", config))
 			f.serverSays(t, f.nodes(t)[0].ID)
 			f.serverSays(t, "cop")
-			if out := f.server.out.String(); !strings.Contains(out, "in use twice") {
-				t.Errorf("the server's log does not say that an identity is in use twice:\n%s", out)
-			}
+			f.server.logs(t, "in use twice")
 		})
 	}
 }
