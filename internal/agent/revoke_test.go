@@ -22,8 +22,8 @@ func TestBannedTwice(t *testing.T) {
 		f.add(testEntry(1), testEntry(2))
 		n := start(t, f, config(t, f))
 		<-n.Ready()
-		node := f.nodes[n.AgentID().String()]
-		f.set(func() { node.banned = true })
+		var node *fakeNode
+		f.set(func() { node = f.nodes[n.AgentID().String()]; node.banned = true })
 		n.await(uid("1"), "nothing", identities(0))
 		time.Sleep(time.Minute)
 		f.set(func() { node.banned, f.poison = false, "entry-00002" })
@@ -56,8 +56,8 @@ func TestCacheAfterABan(t *testing.T) {
 		n := start(t, f, cfg)
 		<-n.Ready()
 		time.Sleep(time.Second)
-		node := f.nodes[n.AgentID().String()]
-		f.set(func() { node.banned = true })
+		var node *fakeNode
+		f.set(func() { node = f.nodes[n.AgentID().String()]; node.banned = true })
 		n.await(uid("1"), "nothing", func(_ *registry.Update, err error) bool { return err != nil || n.snap.Load().all.revoked })
 		time.Sleep(time.Minute)
 		f.set(func() { node.banned = false })
