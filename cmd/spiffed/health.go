@@ -2,10 +2,51 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
+	"syscall"
+	"time"
 
 	"github.com/spiffed/spiffed/internal/health"
 )
+
+// isLater says whether an address cannot be listened on because the network is not
+// up yet, as while the machine boots.
+func isLater(err error) bool {
+	var dns *net.DNSError
+	return errors.Is(err, syscall.EADDRNOTAVAIL) || errors.As(err, &dns)
+}
+
+const listenAgain = 5 * time.Second
+
+// listenLater listens when it can, or returns why ctx ended. That monitoring is
+// not answered is no reason to stop the roles that it asks about.
+func listenLater(ctx context.Context, listen func() (net.Listener, error)) (net.Listener, error) {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(listenAgain):
+		}
+		if l, err := listen(); err == nil {
+			return l, nil
+		}
+	}
+}
+
+// serveHealth answers at health.listen until ctx ends.
+func (h *host) serveHealth(ctx context.Context) error {
+	l := h.healthAt
+	if l == nil {
+		var err error
+		if l, err = listenLater(ctx, func() (net.Listener, error) { return net.Listen("tcp", h.cfg.Health.Listen) }); err != nil {
+			return err
+		}
+	}
+	h.log.Info("health is answered", "address", l.Addr().String())
+	return health.Serve(ctx, l, h.log, h.roles()...)
+}
 
 // roles are the roles of this process, as the health endpoint asks them.
 func (h *host) roles() []health.Role {

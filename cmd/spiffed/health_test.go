@@ -3,12 +3,17 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/spiffed/spiffed/internal/config"
 )
@@ -145,4 +150,39 @@ func TestHealthAddressInUse(t *testing.T) {
 	if left, err := filepath.Glob(filepath.Join(dir, "*.sock")); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v, %v", left, err)
 	}
+}
+
+// While the machine boots, the address may not be there yet.
+func TestHealthAddressNotThereYet(t *testing.T) {
+	t.Parallel()
+	// RFC 5737: an address that no machine has.
+	h := testHost(t, strings.Replace(allInOne, "[health]\nlisten = \"127.0.0.1:0\"", "[health]\nlisten = \"192.0.2.1:8080\"", 1))
+	if h.healthAt != nil {
+		t.Errorf("listening at %s", h.healthAt.Addr())
+	}
+	runHost(t, h)
+	<-h.agent.Ready()
+}
+
+func TestListenLater(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		want := &net.TCPListener{}
+		tries := 0
+		listen := func() (net.Listener, error) {
+			if tries++; tries < 10 {
+				return nil, syscall.EADDRNOTAVAIL
+			}
+			return want, nil
+		}
+		if l, err := listenLater(t.Context(), listen); l != want || err != nil || tries != 10 {
+			t.Errorf("%v, %v after %d tries", l, err, tries)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		tries = -100
+		if l, err := listenLater(ctx, listen); l != nil || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%v, %v", l, err)
+		}
+	})
 }

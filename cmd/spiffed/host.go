@@ -27,7 +27,6 @@ import (
 	"github.com/spiffed/spiffed/internal/clock"
 	"github.com/spiffed/spiffed/internal/config"
 	"github.com/spiffed/spiffed/internal/durable"
-	"github.com/spiffed/spiffed/internal/health"
 	"github.com/spiffed/spiffed/internal/server"
 	"github.com/spiffed/spiffed/internal/store"
 	"github.com/spiffed/spiffed/internal/unixsocket"
@@ -59,7 +58,7 @@ type host struct {
 	workloads    *workloadapi.Server
 	workloadsAt  net.Listener
 
-	healthAt      net.Listener // nil: not wanted
+	healthAt      net.Listener // nil: not wanted, or its address is not there yet
 	closeOnFailed []io.Closer  // while the host is being built
 }
 
@@ -82,10 +81,15 @@ func newHost(ctx context.Context, cfg *config.Config, log *slog.Logger, logLevel
 		}
 	}
 	if cfg.Health.Listen != "" {
-		if h.healthAt, err = net.Listen("tcp", cfg.Health.Listen); err != nil {
+		h.healthAt, err = net.Listen("tcp", cfg.Health.Listen)
+		switch {
+		case isLater(err):
+			log.Warn("health is not answered yet: its address is not there; trying again", "err", err)
+		case err != nil:
 			return nil, fmt.Errorf("health.listen: %w", err)
+		default:
+			h.closeOnFailed = append(h.closeOnFailed, h.healthAt)
 		}
-		h.closeOnFailed = append(h.closeOnFailed, h.healthAt)
 	}
 	return h, nil
 }
@@ -246,24 +250,37 @@ func (h *host) joinSettings() (*agent.Config, error) {
 		}, nil
 	}
 	settings := &agent.Config{TrustDomain: cfg.TrustDomain, ServerAddresses: cfg.Servers}
+	// A node that is in needs neither a join string nor the roots for the first
+	// contact: that one of their files is gone or cut short is no reason to leave
+	// its workloads without their identities.
+	isIn := func() bool {
+		if cfg.TrustDomain.IsZero() || len(cfg.Servers) == 0 {
+			return false
+		}
+		id, err := agent.StoredID(cfg.DataDir, cfg.TrustDomain)
+		return err == nil && !id.IsZero()
+	}
 	text, from := cfg.Join, "agent.join"
+	var j *joining
+	var err error
 	if cfg.JoinFile != "" {
 		from = "agent.join_file"
-		data, err := readSecret(cfg.JoinFile)
-		switch {
-		case errors.Is(err, os.ErrNotExist) && !cfg.TrustDomain.IsZero() && len(cfg.Servers) > 0:
-			// It may be removed once the node is in.
-		case err != nil:
-			return nil, fmt.Errorf("agent.join_file: %w", err)
-		default:
-			text = data
+		text, err = readSecret(cfg.JoinFile)
+		if errors.Is(err, os.ErrNotExist) && !cfg.TrustDomain.IsZero() && len(cfg.Servers) > 0 {
+			err = nil // it may be removed once the node is in
+		} else if err == nil && text == "" {
+			err = errors.New("it is empty")
 		}
 	}
-	if text != "" {
-		j, err := parseJoining(text)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", from, err)
-		}
+	if err == nil && text != "" {
+		j, err = parseJoining(text)
+	}
+	switch {
+	case err != nil && cfg.JoinFile != "" && isIn():
+		h.log.Warn("the join string cannot be read; the node is in, and goes on without", "err", err, "path", cfg.JoinFile)
+	case err != nil:
+		return nil, fmt.Errorf("%s: %w", from, err)
+	case j != nil:
 		settings.Prover, settings.Pin = j.prover, j.pin
 		if !j.trustDomain.IsZero() {
 			if !cfg.TrustDomain.IsZero() && cfg.TrustDomain != j.trustDomain {
@@ -279,11 +296,14 @@ func (h *host) joinSettings() (*agent.Config, error) {
 		return nil, fmt.Errorf("%s holds a bare token: agent.trust_domain and agent.server are needed with it", from)
 	}
 	if cfg.TrustBundle != "" {
-		roots, err := readRoots(cfg.TrustBundle)
-		if err != nil {
+		switch roots, err := readRoots(cfg.TrustBundle); {
+		case err == nil:
+			settings.TrustBundle = roots
+		case isIn():
+			h.log.Warn("the trust bundle cannot be read; the node is in, and goes on without", "err", err, "path", cfg.TrustBundle)
+		default:
 			return nil, fmt.Errorf("agent.trust_bundle: %w", err)
 		}
-		settings.TrustBundle = roots
 	}
 	return settings, nil
 }
@@ -302,9 +322,8 @@ func (h *host) run(ctx context.Context) error {
 		group.Go(func() error { return h.workloads.Serve(ctx, h.workloadsAt) })
 		h.log.Info("agent started", "workload_socket", h.cfg.Agent.WorkloadSocket, "version", version())
 	}
-	if h.healthAt != nil {
-		group.Go(func() error { return health.Serve(ctx, h.healthAt, h.log, h.roles()...) })
-		h.log.Info("health is answered", "address", h.healthAt.Addr().String())
+	if h.cfg.Health.Listen != "" {
+		group.Go(func() error { return h.serveHealth(ctx) })
 	}
 	err := group.Wait()
 	if errors.Is(err, context.Canceled) {

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +13,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/spiffed/spiffed/internal/config"
 )
 
 const serverAlone = `
@@ -69,13 +73,13 @@ func TestJoinAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	config, err := os.ReadFile(o.config)
+	text, err := os.ReadFile(o.config)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// What the operator has added stays, as long as the rest fits.
-	config = append(config, "# mine\n[log]\nlevel = \"debug\"\n"...)
-	if err := os.WriteFile(o.config, config, 0o600); err != nil {
+	text = append(text, "# mine\n[log]\nlevel = \"debug\"\n"...)
+	if err := os.WriteFile(o.config, text, 0o600); err != nil {
 		t.Fatal(err)
 	}
 
@@ -88,7 +92,7 @@ func TestJoinAgain(t *testing.T) {
 	if err != nil || after == before {
 		t.Fatalf("%q after %q, %v", after, before, err)
 	}
-	if got, err := os.ReadFile(o.config); err != nil || !bytes.Equal(got, config) {
+	if got, err := os.ReadFile(o.config); err != nil || !bytes.Equal(got, text) {
 		t.Errorf("the configuration is now\n%s%v", got, err)
 	}
 
@@ -175,5 +179,58 @@ func TestJoinElsewhere(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(o.dataDir, sideFolder)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("left aside: %v", err)
+	}
+}
+
+// What only a node needs that is not in yet is no reason not to start one that is.
+func TestStartsWithoutWhatItCameInBy(t *testing.T) {
+	t.Parallel()
+	server := testHost(t, strings.Replace(serverAlone, "AGENT_TTL", "1h", 1))
+	runHost(t, server)
+	dir := t.TempDir()
+	o := joinOptions{config: filepath.Join(dir, "spiffed.toml"), dataDir: filepath.Join(dir, "agent"), timeout: time.Minute}
+	text := joinString(t, server)
+	var stdout, stderr bytes.Buffer
+	if err := (&cli{stdout: &stdout, stderr: &stderr, output: "json"}).join(t.Context(), text, o); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ name, add, file, holds, said, refused string }{
+		{"a join string cut short", "join_file", "join", text[:len(text)-20], "the join string cannot be read", "agent.join_file: "},
+		{"no trust bundle", "trust_bundle", "none.pem", "", "the trust bundle cannot be read", "agent.trust_bundle: "},
+		{"half a trust bundle", "trust_bundle", "half.pem", "-----BEGIN CERT", "the trust bundle cannot be read", "agent.trust_bundle: "},
+		{"an empty join file", "join_file", "empty", " ", "the join string cannot be read", "agent.join_file: "},
+	} {
+		path := filepath.Join(dir, c.file)
+		if c.holds != "" {
+			if err := os.WriteFile(path, []byte(c.holds), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		start := func(dataDir string) (string, error) {
+			cfg, err := config.Parse("test", fmt.Appendf(nil, `
+[agent]
+trust_domain = "example.org"
+server = [%q]
+data_dir = %q
+workload_socket = "%s/workload.sock"
+admin_socket = "%s/admin.sock"
+%s = %q
+`, server.server.Addr(), dataDir, dir, dir, c.add, path))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var log bytes.Buffer
+			h, err := newHost(t.Context(), cfg, slog.New(slog.NewTextHandler(&log, nil)), &slog.LevelVar{})
+			if err == nil {
+				h.close()
+			}
+			return log.String(), err
+		}
+		if log, err := start(o.dataDir); err != nil || !strings.Contains(log, c.said) {
+			t.Errorf("%s: %v, logged\n%s", c.name, err, log)
+		}
+		if _, err := start(filepath.Join(dir, "none")); err == nil || !strings.HasPrefix(err.Error(), c.refused) {
+			t.Errorf("%s, and not in: %v", c.name, err)
+		}
 	}
 }
