@@ -23,6 +23,11 @@ const (
 	minSync     = 100 * time.Millisecond
 	maxSync     = time.Hour
 	minStore    = 16 << 20
+
+	// As the CA has them: a JWT key is published for a third of its life before it
+	// signs, and that is four refresh hints at the least.
+	minSigningTTL   = time.Minute
+	jwtRefreshHints = 3 * 4
 )
 
 // check judges the values, each by itself and then together. A key that could
@@ -63,12 +68,15 @@ func (d *decoder) checkServer(s *Server) {
 		d.address("server.advertise", addr, false)
 	}
 	d.between("server.root_ttl", s.RootTTL, time.Second, maxRootTTL)
-	d.between("server.signing_ca_ttl", s.SigningCATTL, time.Second, maxRootTTL)
+	d.between("server.signing_ca_ttl", s.SigningCATTL, minSigningTTL, maxRootTTL)
 	d.between("server.jwt_key_ttl", s.JWTKeyTTL, time.Second, maxRootTTL)
 	d.between("server.rejoin_window", s.RejoinWindow, 0, maxRootTTL)
 	d.between("server.backdate", s.Backdate, 0, maxBackdate)
 	d.between("server.refresh_hint", s.RefreshHint, time.Second, 30*24*time.Hour)
 	d.atMost("server.signing_ca_ttl", s.SigningCATTL, "server.root_ttl", s.RootTTL, 1)
+	if least := jwtRefreshHints * s.RefreshHint; s.JWTKeyTTL < least && !d.bad["server.jwt_key_ttl"] && !d.bad["server.refresh_hint"] {
+		d.problem("server.jwt_key_ttl", "server.jwt_key_ttl: %s is less than %d times server.refresh_hint, which is %s: verifiers would not know a key in time", FormatDuration(s.JWTKeyTTL), jwtRefreshHints, FormatDuration(least))
+	}
 	// The keys are replaced at half of their life, and nothing outlives the
 	// key that signed it: a longer SVID would be cut short now and then.
 	for _, ttl := range []struct {
