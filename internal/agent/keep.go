@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/json"
@@ -8,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"math"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -59,7 +61,15 @@ type keptState struct {
 	Vouched time.Time `json:"vouched,omitzero"`
 	// Revision is that of the server's registry which was seen last.
 	Revision int64 `json:"revision,omitempty"`
+	// Version is that of the program that read the entries from the server.
+	Version string `json:"version,omitempty"`
 }
+
+// readByAnother is the revision, which no server gives, of an entry that was read
+// by another version of this program. The cache has of an entry what that one made
+// of it, which may be less than there is; so it is good until the server has sent
+// it again, and the server is asked to.
+const readByAnother = math.MinInt64
 
 // StoredID returns the SPIFFE ID of the node whose identity is in an agent's
 // data folder; zero if there is none, or it is damaged. It is an error if it is
@@ -121,6 +131,12 @@ func (a *Agent) restore() {
 		a.cfg.Clock.Raise(got.state.Vouched)
 		a.revision = got.state.Revision
 		a.kept.records[stateRecord] = got.state
+	}
+	if got.state == nil || got.state.Version != a.cfg.Version {
+		a.anew = true
+		for _, k := range got.entries {
+			k.revision = readByAnother
+		}
 	}
 	a.known = got.entries
 	for id, k := range got.entries {
@@ -433,9 +449,13 @@ func (a *Agent) wanted(all *holdings, last bool) map[string]any {
 			want[bundleRecord+td.Name()] = b
 		}
 	}
+	version := a.cfg.Version
 	for id, k := range all.known {
 		if registry.CheckEntryID(id) == nil { // a malformed one can have any
 			want[entryRecord+id] = k
+		}
+		if k.revision == readByAnother {
+			version = "" // not before all are read again
 		}
 	}
 	at, settled := a.now(), a.cfg.Clock.Settled()
@@ -456,8 +476,8 @@ func (a *Agent) wanted(all *holdings, last bool) map[string]any {
 	if last {
 		enough = time.Second
 	}
-	if vouched.Sub(state.Vouched).Abs() >= enough || state.Revision != all.revision {
-		state = &keptState{Vouched: vouched, Revision: all.revision}
+	if vouched.Sub(state.Vouched).Abs() >= enough || state.Revision != all.revision || version != "" && state.Version != version {
+		state = &keptState{Vouched: vouched, Revision: all.revision, Version: cmp.Or(version, state.Version)}
 	}
 	want[stateRecord] = state
 	return want

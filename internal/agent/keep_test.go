@@ -628,3 +628,67 @@ func BenchmarkKeep1000(b *testing.B) {
 		}
 	}
 }
+
+// What an older version of the program could not read, or not all of, is read again
+// after an upgrade. Meanwhile the SVIDs are served, and they are not issued anew.
+func TestUpgradeReadsAnew(t *testing.T) {
+	for _, push := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFake(t, newTestCA(t, td), false)
+			if push {
+				f = newPushFake(t, newTestCA(t, td), false)
+			}
+			e1, e2, e3 := testEntry(1), testEntry(2), testEntry(3)
+			e2.Hint = "new in this version"
+			f.add(e1, e2, e3)
+			cfg, _ := withCache(t, config(t, f))
+			n := start(t, f, cfg)
+			<-n.Ready()
+			before := n.await(uid("2"), "an SVID", identities(1))
+			time.Sleep(time.Second)
+			n.stop()
+			signed := f.called("BatchNewX509SVID")
+			// What the older version kept: nothing of the first, and not all of the second.
+			half := proto.Clone(e2).(*types.Entry)
+			half.Hint = ""
+			put := map[string][]byte{stateRecord: []byte(`{"version":"1.2.2"}`)}
+			for _, e := range []*types.Entry{{Id: e1.Id, RevisionNumber: e1.RevisionNumber, CreatedAt: e1.CreatedAt}, half} {
+				raw, err := proto.Marshal(e)
+				if err != nil {
+					t.Fatal(err)
+				}
+				put[entryRecord+e.Id] = raw
+			}
+			if err := cfg.Cache.Write(t.Context(), put, []string{svidRecord + e1.Id}); err != nil {
+				t.Fatal(err)
+			}
+			f.goDown(true)
+			n = again(t, f, cfg)
+			n.run()
+			if u := n.await(uid("2"), "the SVID", identities(1)); u.Identities[0].SVID.Leaf().SerialNumber.Cmp(serialOf(before)) != 0 {
+				t.Errorf("push %t: another SVID", push)
+			}
+			time.Sleep(time.Minute) // the cache is written, and not as if all had been read
+			n.stop()
+			n = again(t, f, n.cfg)
+			f.goDown(false)
+			n.run()
+			<-n.Ready()
+			n.await(uid("1"), "an SVID", identities(1))
+			if u := n.await(uid("2"), "the SVID", identities(1)); u.Identities[0].Entry.Hint != "new in this version" || serialOf(u).Cmp(serialOf(before)) != 0 {
+				t.Errorf("push %t: %+v", push, u.Identities[0].Entry)
+			}
+			if got := f.called("BatchNewX509SVID") - signed; got != 1 {
+				t.Errorf("push %t: %d calls to sign, for one entry", push, got)
+			}
+			time.Sleep(time.Minute)
+			n.stop()
+			// From now on it need not be done again.
+			n = again(t, f, n.cfg)
+			if n.anew || n.known[e2.Id].revision != e2.RevisionNumber || n.known[e2.Id].entry.Hint != e2.Hint {
+				t.Errorf("push %t: after that: anew %t, %+v", push, n.anew, n.known[e2.Id])
+			}
+			n.cfg.Cache.Close()
+		})
+	}
+}
