@@ -119,11 +119,11 @@ func readIdentity(path string) (*identity, error) {
 		return nil, &exposedError{path, info.Mode().Perm()}
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxIdentityFile+1))
-	if err == nil && len(data) > maxIdentityFile {
-		err = fmt.Errorf("larger than %d bytes", maxIdentityFile)
-	}
 	if err != nil {
 		return nil, unread(err)
+	}
+	if len(data) > maxIdentityFile {
+		return nil, &damagedError{path, fmt.Errorf("it is larger than %d bytes", maxIdentityFile)}
 	}
 	id, err := parseIdentity(data)
 	var newer newerError

@@ -708,7 +708,7 @@ func TestBadIdentity(t *testing.T) {
 	t.Run("damaged", func(t *testing.T) {
 		for name, data := range map[string][]byte{
 			"cut off": good[:len(good)/2], "empty": nil, "zeros": make([]byte, len(good)),
-			"not JSON": []byte("hello"), "another version": []byte(strings.Replace(string(good), `"version":1`, `"version":2`, 1)),
+			"not JSON":    []byte("hello"),
 			"another key": []byte(strings.Replace(string(good), `"key":"`, `"key":"AAAA`, 1)),
 			"huge":        []byte(repeat(" ", 9<<20)),
 		} {
@@ -736,24 +736,35 @@ func TestBadIdentity(t *testing.T) {
 		comesBack(t)
 	})
 
+	// What is not damaged holds the only copy of the node's key, whatever is wrong
+	// with it: nothing is touched, token or not.
+	t.Run("of a newer version", func(t *testing.T) {
+		write(t, path, []byte(strings.Replace(string(good), `"version":1`, `"version":2`, 1)))
+		before := tree(t, dir)
+		for _, config := range []string{f.agentConfig, withoutToken} {
+			refused(t, exec.Command(spiffed, "run", "--config", config), exitFailed, path, "run the newer program that wrote it")
+		}
+		sameTree(t, dir, before)
+		comesBack(t)
+	})
+
 	t.Run("of another trust domain", func(t *testing.T) {
 		other := newServerOf(t, "other.org", "")
 		before := tree(t, dir)
-		refused(t, exec.Command(spiffed, "run", "--config", f.write(t, "moved.toml", f.agentSection("agent", fmt.Sprintf("trust_domain = \"other.org\"\nserver = [%q]", other.addr)))),
-			exitFailed, path, `is of the trust domain "example.org", not "other.org"`, "join again")
+		for _, how := range []string{fmt.Sprintf("trust_domain = \"other.org\"\nserver = [%q]", other.addr), fmt.Sprintf("join = %q", other.join.Join)} {
+			refused(t, exec.Command(spiffed, "run", "--config", f.write(t, "moved.toml", f.agentSection("agent", how))),
+				exitFailed, path, `is of the trust domain "example.org", not "other.org"`, "spiffed join --force")
+		}
+		moved := filepath.Join(f.dir, "joined.toml")
+		refused(t, exec.Command(spiffed, "join", other.join.Join, "--config", moved, "--data-dir", dir), exitFailed, "--force")
 		sameTree(t, dir, before)
-		// A string to join the other one with says what is meant.
-		p := start(t, "moved agent", "run", "--config", f.write(t, "moved.toml", f.agentSection("agent", fmt.Sprintf("join = %q", other.join.Join))))
-		f.waitReady(t, p, f.agentAdmin)
+		// An operator may mean it.
+		if got := strings.TrimSpace(mustRun(t, "join", other.join.Join, "--config", moved, "--data-dir", dir, "--force")); got != other.join.AgentID {
+			t.Errorf("joined as %q, want %q", got, other.join.AgentID)
+		}
 		if nodes := other.nodes(t); len(nodes) != 1 || nodes[0].ID != other.join.AgentID {
 			t.Errorf("nodes %+v", nodes)
 		}
-		p.stop(t)
-		aside, err := filepath.Glob(path + ".unusable-*")
-		if err != nil || len(aside) != 1 || string(read(t, aside[0])) != string(good) {
-			t.Errorf("set aside: %v, %v", aside, err)
-		}
-		comesBack(t)
 	})
 }
 
