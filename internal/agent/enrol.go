@@ -418,5 +418,11 @@ func (a *Agent) renewalKey() (crypto.Signer, error) {
 	if left := end.Sub(a.now()); left > end.Sub(id.obtainedAt)/3 {
 		return nil, fmt.Errorf("storing the agent's next key: %w", err)
 	}
+	if stored, err := loadIdentity(a.path, a.cfg.TrustDomain); err == nil && id.pendingKey != nil && sameKey(stored.key.Public(), id.pendingKey) {
+		// A write that failed has taken effect after all, and a restart would be with
+		// that key: the server must not forget it for the one before. It is not used
+		// yet, since a power cut may bring the one before back; that one expires.
+		return id.pendingKey, nil
+	}
 	return id.key, nil
 }

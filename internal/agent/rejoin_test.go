@@ -476,6 +476,47 @@ func TestDiskFullAtRejoin(t *testing.T) {
 	})
 }
 
+// The write of a renewed identity fails after it has taken effect, and the disk
+// takes nothing any more: the key there must stay one that the server knows.
+func TestFailedWriteTookEffect(t *testing.T) {
+	for _, minutes := range []time.Duration{6, 9, 12, 25} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newFake(t, newTestCA(t, td), false)
+			f.sameKey, f.oldSerial = true, true
+			n, cfg := enrolled(t, f)
+			n.stop()
+			first := n.identity().key
+			n = prepare(t, f, cfg)
+			var broken bool
+			n.save = func(id *identity) error {
+				if broken {
+					return syscall.EROFS
+				}
+				err := id.save(n.path)
+				if !sameKey(first.Public(), id.key) {
+					broken = true
+					err = errors.Join(err, syscall.EIO) // as of syncing the folder
+				}
+				return err
+			}
+			n.run()
+			<-n.Ready()
+			time.Sleep(minutes * time.Minute)
+			n.stop()
+			if stored, err := loadIdentity(n.path, td); err != nil || !broken || sameKey(first.Public(), stored.key) {
+				t.Fatalf("stored %+v, %v", stored, err)
+			}
+			n = start(t, f, cfg)
+			select {
+			case <-n.Ready():
+			case <-time.After(5 * time.Minute):
+				t.Fatalf("locked out after %d minutes: %s", minutes, n.problems())
+			}
+			n.stop()
+		})
+	}
+}
+
 // A folder that cannot be written, from the start on.
 func TestReadOnlyFolder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
