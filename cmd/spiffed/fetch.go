@@ -81,7 +81,7 @@ func (w *workload) explain(err error, doing string) error {
 	err = w.at.explain(err, doing)
 	switch codeOf(err) {
 	case codes.PermissionDenied:
-		return withHint(err, "no entry matches this process; on the server:\n  spiffed entry create --spiffe-id /NAME --parent /node/NODE --selector unix:uid:%d\na new entry takes some seconds to get here; spiffed status says if this node is shut out", os.Getuid())
+		return withHint(err, "no entry matches this process; on the server:\n  spiffed entry create --spiffe-id /NAME --parent /node/NODE --selector unix:uid:%d\nspiffed status says if this node is shut out", os.Getuid())
 	case codes.Unavailable:
 		return withHint(err, "the agent is not ready; what it waits for: spiffed status")
 	}

@@ -678,7 +678,7 @@ func TestBadStreams(t *testing.T) {
 				time.Sleep(steady + time.Second)
 				f.push.endAll(status.Error(codes.Unavailable, "call again"))
 				for now := calls; now < calls+2; now, _ = f.push.called() {
-					time.Sleep(time.Millisecond)
+					time.Sleep(20 * time.Millisecond)
 					if now == calls+1 {
 						synctest.Wait()
 						if s := n.status(); s.State != "degraded" || !strings.Contains(s.LastError, tt.want) {
