@@ -181,7 +181,7 @@ func TestKill(t *testing.T) {
 		total += acks
 	}
 	t.Logf("%d kills, %d of them before the first acknowledgement; %d acknowledged writes", kills, early, total)
-	if early == 0 || total < kills {
+	if !testing.Short() && (early == 0 || total < kills) { // of a few, all may well be alike
 		t.Error("the kills were all alike: the test proves little")
 	}
 }

@@ -252,15 +252,25 @@ func (a *testAgent) call() {
 	if conn == nil {
 		conn = newConnection(a.leaf)
 	}
-	a.stream, a.end = a.newStreamOn(conn, a.address)
-	a.done = make(chan struct{})
+	stream, end := a.newStreamOn(conn, a.address)
+	done := make(chan struct{})
+	a.mu.Lock()
+	a.stream, a.end, a.done = stream, end, done
 	a.got, a.named, a.lacks, a.complete, a.err = nil, map[string]bool{}, nil, false, nil
-	stream, end, done := a.stream, a.end, a.done
+	a.mu.Unlock()
+	ended := func(err error) { // the stream before may end after this one has begun
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if a.done == done {
+			a.err = err
+		}
+	}
 	go func() {
 		defer close(done)
 		select {
 		case stream.in <- &syncv1.FollowRequest{Request: &syncv1.FollowRequest_Hello{Hello: hello}}:
-		case a.err = <-end:
+		case err := <-end:
+			ended(err)
 			return
 		}
 		at := int64(0)
@@ -271,7 +281,8 @@ func (a *testAgent) call() {
 			if slow != nil {
 				select {
 				case <-slow:
-				case a.err = <-end:
+				case err := <-end:
+					ended(err)
 					return
 				}
 			}
@@ -284,11 +295,13 @@ func (a *testAgent) call() {
 				if want := a.take(resp); len(want) > 0 {
 					select {
 					case stream.in <- &syncv1.FollowRequest{Request: &syncv1.FollowRequest_Want{Want: &syncv1.Want{Ids: want}}}:
-					case a.err = <-end:
+					case err := <-end:
+						ended(err)
 						return
 					}
 				}
-			case a.err = <-end:
+			case err := <-end:
+				ended(err)
 				return
 			}
 		}
@@ -300,6 +313,13 @@ func (a *testAgent) stopReading() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.slow = make(chan struct{})
+}
+
+// holds is how many entries the agent has.
+func (a *testAgent) holds() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.have)
 }
 
 // hangUp ends the stream as a process does that dies.
@@ -1160,14 +1180,14 @@ func TestFollowExpiry(t *testing.T) {
 		a := r.newAgent(n, "one")
 		a.call()
 		synctest.Wait()
-		if len(a.have) != 1 {
+		if a.holds() != 1 {
 			t.Fatal("no entry")
 		}
 		time.Sleep(time.Minute)
 		r.state.CheckExpiry()
 		synctest.Wait()
 		a.check("at its end")
-		if len(a.have) != 0 {
+		if a.holds() != 0 {
 			t.Error("the entry is still there")
 		}
 		// One that comes when its end is past already counts as well.
@@ -1188,7 +1208,7 @@ func TestFollowExpiry(t *testing.T) {
 		r.state.CheckExpiry()
 		synctest.Wait()
 		a.check("when it is not yet")
-		if len(a.have) != 1 {
+		if a.holds() != 1 {
 			t.Error("the entry did not come back")
 		}
 		a.hangUp()
