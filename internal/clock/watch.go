@@ -98,6 +98,9 @@ func whenSet(ctx context.Context, set func()) error {
 		if err := conn.Control(func(fd uintptr) {
 			armed = unix.TimerfdSettime(int(fd), unix.TFD_TIMER_ABSTIME|unix.TFD_TIMER_CANCEL_ON_SET, &next, nil)
 		}); err != nil {
+			if ctx.Err() != nil {
+				return nil // closed in this moment
+			}
 			return err
 		}
 		if armed != nil {
