@@ -201,8 +201,14 @@ func set(field reflect.Value, value any) error {
 		}
 		field.SetInt(value)
 		return nil
+	case bool:
+		if field.Kind() != reflect.Bool {
+			break
+		}
+		field.SetBool(value)
+		return nil
 	case string:
-		if field.Type() == reflect.TypeFor[int]() {
+		if field.Type() == reflect.TypeFor[int]() || field.Kind() == reflect.Bool {
 			break
 		}
 		return setText(field, value)
@@ -218,6 +224,10 @@ func setText(field reflect.Value, text string) error {
 	case *int:
 		n, err := strconv.Atoi(text)
 		*p = n
+		return err
+	case *bool:
+		v, err := strconv.ParseBool(text)
+		*p = v
 		return err
 	case *time.Duration:
 		v, err := ParseDuration(text)
@@ -270,6 +280,8 @@ func wanted(t reflect.Type) string {
 	switch {
 	case t == reflect.TypeFor[int]():
 		return "a whole number"
+	case t.Kind() == reflect.Bool:
+		return "true or false, without quotes"
 	case t == reflect.TypeFor[time.Duration]():
 		return `a duration in quotes, such as "90m" or "7d"`
 	case t == reflect.TypeFor[Size]():

@@ -98,7 +98,7 @@ func keysOf(t reflect.Type, doc map[string]string) []key {
 			k.section = true
 		case k.t.Kind() == reflect.Slice:
 			k.value = "[]"
-		case k.t == reflect.TypeFor[int]():
+		case k.t == reflect.TypeFor[int](), k.t.Kind() == reflect.Bool:
 			k.value = text
 		default:
 			k.value = fmt.Sprintf("%q", text)

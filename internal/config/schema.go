@@ -105,6 +105,9 @@ type Server struct {
 	StoreMaxSize Size `toml:"store_max_size" default:"8GiB"`
 	// How much the server does for one peer before it makes it wait.
 	RateLimit RateLimit `toml:"rate_limit"`
+	// What is not final in the SPIFFE specifications. It is off unless switched
+	// on, and may change with any version.
+	Experimental ServerExperimental `toml:"experimental"`
 }
 
 // RateLimit is the section [server.rate_limit].
@@ -145,6 +148,69 @@ type Agent struct {
 	// The kind of key of the workloads' X.509-SVIDs: ec-p256, ec-p384, rsa-2048
 	// or rsa-4096.
 	WorkloadKeyType KeyType `toml:"workload_key_type" default:"ec-p256"`
+	// Executables above this size have no selector unix:sha256: a number with B,
+	// KiB, MiB, GiB or TiB.
+	WorkloadSizeLimit Size `toml:"workload_size_limit" default:"1GiB"`
+	// SPIFFE IDs of local processes that may ask for the identities of other
+	// processes, by the Delegated Identity API on admin_socket, as full IDs. Such
+	// a process can be everybody on this machine.
+	AuthorizedDelegates []spiffeid.ID `toml:"authorized_delegates"`
+	// The group whose members may open admin_socket. Empty: the group spiffed
+	// if there is one, else nobody but the agent's own user and root.
+	AdminGroup string `toml:"admin_group"`
+	// What local processes may ask of the Workload API at a time.
+	Limits Limits `toml:"limits"`
+	// What is not final in the SPIFFE specifications. It is off unless switched
+	// on, and may change with any version.
+	Experimental AgentExperimental `toml:"experimental"`
+}
+
+// Limits is the section [agent.limits]. A call or connection beyond a limit is
+// answered with Unavailable or closed; it may be tried again.
+type Limits struct {
+	// Connections of the processes of one user.
+	Connections int `toml:"connections" default:"1024"`
+	// Calls of the processes of one user that are going on, open streams included.
+	Streams int `toml:"streams" default:"2048"`
+	// Calls that the processes of one user begin, each second.
+	CallsPerSecond int `toml:"calls_per_second" default:"1000"`
+	// Processes of one user that are looked at at the same time; more wait.
+	Attestations int `toml:"attestations" default:"32"`
+	// JWT-SVIDs that are signed for the processes of one user, each second. One
+	// that the agent has already does not count.
+	JWTSigningsPerSecond int `toml:"jwt_signings_per_second" default:"50"`
+	// Connections of all users together. A sixteenth of it is kept for root.
+	TotalConnections int `toml:"total_connections" default:"8192"`
+	// Calls of all users together that are going on. A sixteenth of it is kept
+	// for root.
+	TotalStreams int `toml:"total_streams" default:"16384"`
+	// Processes of all users that are looked at at the same time.
+	TotalAttestations int `toml:"total_attestations" default:"256"`
+	// The most that the metadata of a call may hold: a size.
+	HeaderSize Size `toml:"header_size" default:"16KiB"`
+	// The most that a message may hold: a size.
+	MessageSize Size `toml:"message_size" default:"1MiB"`
+	// How long a connection may take until it speaks HTTP/2.
+	PrefaceTimeout time.Duration `toml:"preface_timeout" default:"5s"`
+	// How long it may take to find out what a process is.
+	AttestationTimeout time.Duration `toml:"attestation_timeout" default:"1s"`
+}
+
+// AgentExperimental is the section [agent.experimental].
+type AgentExperimental struct {
+	// Serve WIT-SVIDs by the Workload API. The server has to have it on as well.
+	WITSVID bool `toml:"wit_svid" default:"false"`
+	// The Unix socket of the SPIFFE Broker API, by which brokers fetch the
+	// identities of other processes of this machine, with mutual TLS. Empty: off.
+	BrokerSocket string `toml:"broker_socket"`
+	// SPIFFE IDs of brokers, as full IDs. Nobody else is answered.
+	Brokers []spiffeid.ID `toml:"brokers"`
+}
+
+// ServerExperimental is the section [server.experimental].
+type ServerExperimental struct {
+	// Sign WIT-SVIDs, and publish the keys for it.
+	WITSVID bool `toml:"wit_svid" default:"false"`
 }
 
 // Health is the section [health].

@@ -58,6 +58,25 @@ func FromConn(c *net.UnixConn) (*Peer, error) {
 	return newPeer(cred, fd, fdErr)
 }
 
+// FromPID returns the process that has this pid now, for those who name a process
+// instead of being it. It refuses what FromConn refuses, and pids that are not of
+// a process, such as those of threads.
+func FromPID(pid int32) (*Peer, error) {
+	if pid <= 0 {
+		return nil, fmt.Errorf("%d is not the pid of a process", pid)
+	}
+	fd, err := unix.PidfdOpen(int(pid), unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return newPeer(&unix.Ucred{Pid: pid}, 0, err)
+	}
+	s, err := (&Peer{PID: pid}).Status()
+	if err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("process %d: %w", pid, err)
+	}
+	return newPeer(&unix.Ucred{Pid: pid, Uid: s.UID, Gid: s.GID}, fd, nil)
+}
+
 // newPeer takes the credentials and the outcome of SO_PEERPIDFD.
 func newPeer(cred *unix.Ucred, fd int, fdErr error) (*Peer, error) {
 	byPID := errors.Is(fdErr, unix.ENOPROTOOPT)

@@ -16,8 +16,11 @@ type Bundle struct {
 	TrustDomain     spiffeid.TrustDomain `json:"trust_domain"`
 	X509Authorities []X509Authority      `json:"x509_authorities"`
 	JWTAuthorities  []JWTAuthority       `json:"jwt_authorities"`
-	Sequence        uint64               `json:"sequence"` // only rises: Trust Domain and Bundle §4.1.1
-	RefreshHint     time.Duration        `json:"refresh_hint"`
+	// WITAuthorities sign WIT-SVIDs. A key is in one of the two lists alone, and
+	// no key ID is in both (WIT-SVID §6.1). Empty unless the profile is switched on.
+	WITAuthorities []JWTAuthority `json:"wit_authorities,omitempty"`
+	Sequence       uint64         `json:"sequence"` // only rises: Trust Domain and Bundle §4.1.1
+	RefreshHint    time.Duration  `json:"refresh_hint"`
 }
 
 // X509Authority is one root certificate.
@@ -114,6 +117,7 @@ type AuthorityKind string
 const (
 	KindX509 AuthorityKind = "x509"
 	KindJWT  AuthorityKind = "jwt"
+	KindWIT  AuthorityKind = "wit"
 )
 
 // AuthorityState is where an authority is in its life.

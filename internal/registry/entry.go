@@ -36,8 +36,11 @@ type Entry struct {
 	Downstream    bool                   `json:"downstream,omitempty"`
 	StoreSVID     bool                   `json:"store_svid,omitempty"`
 	NoPrefetch    bool                   `json:"disable_x509_svid_prefetch,omitempty"`
-	IncludeJTI    bool                   `json:"jwt_svid_include_jti,omitempty"`
-	ExpiresAt     time.Time              `json:"expires_at,omitzero"` // zero: never
+	// Order decides which identity of a process is its default, after Hint and
+	// before the age: the lower one (Workload API §8).
+	Order      int32     `json:"order,omitempty"`
+	IncludeJTI bool      `json:"jwt_svid_include_jti,omitempty"`
+	ExpiresAt  time.Time `json:"expires_at,omitzero"` // zero: never
 
 	CreatedAt time.Time `json:"created_at,omitzero"` // set by the server, whole seconds
 	Revision  int64     `json:"revision_number"`     // set by the server; rises with each change of the entry

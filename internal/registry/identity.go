@@ -29,6 +29,17 @@ type JWTSVID struct {
 	Hint      string
 }
 
+// WITSVID is a WIT-SVID with the key that it is bound to (its claim cnf). It is
+// never changed once made.
+type WITSVID struct {
+	ID         spiffeid.ID
+	Token      string // compact serialization
+	PrivateKey crypto.Signer
+	Algorithm  string // of proofs with PrivateKey: cnf.jwk.alg, such as "ES256"
+	ExpiresAt  time.Time
+	Hint       string
+}
+
 // Identity is an entry with the SVID issued for it.
 type Identity struct {
 	Entry *Entry
@@ -66,4 +77,15 @@ type Source interface {
 	// JWTSVIDs returns a JWT-SVID for each identity of the process, or for the
 	// one with that ID if it is not zero. ErrNotEntitled if there is none.
 	JWTSVIDs(ctx context.Context, selectors []Selector, audience []string, id spiffeid.ID) ([]*JWTSVID, error)
+}
+
+// WITSource is what the agent offers for the WIT profile, which is incubating
+// and off by default. It is safe for concurrent use.
+type WITSource interface {
+	// WITSVIDs returns a WIT-SVID for each identity of the process, or for the
+	// one with that ID if it is not zero, in the order of Matcher.Match and with
+	// unique hints, and a channel that is closed when the answer may have
+	// changed. None, without an error, if there is no such identity;
+	// ErrNotReady as with Source.Current.
+	WITSVIDs(selectors []Selector, id spiffeid.ID) ([]*WITSVID, <-chan struct{}, error)
 }

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -37,8 +38,8 @@ func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update)
 		sent proto.Message
 	)
 	for {
-		update, changed, err := e.source.Current(c.selectors)
-		if e.outdated(c) {
+		update, changed, err := e.source.Current(c.Selectors)
+		if c.Outdated(e.source.Wants) {
 			// After Current, so that an entry seen there was seen here.
 			if again, err := e.attest(ctx); err == nil {
 				c = again
@@ -83,11 +84,11 @@ func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update)
 }
 
 // current is what follow shows first, for the RPCs that are not streams.
-func (e *endpoint) current(ctx context.Context, c *caller) (*registry.Update, error) {
+func (e *endpoint) current(ctx context.Context, c *attest.Process) (*registry.Update, error) {
 	ctx, cancel := context.WithTimeout(ctx, signingTimeout)
 	defer cancel()
 	for {
-		update, changed, err := e.source.Current(c.selectors)
+		update, changed, err := e.source.Current(c.Selectors)
 		switch {
 		case err == nil:
 			return update, nil

@@ -2,13 +2,9 @@ package workloadapi
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/rsa"
-	"encoding/json"
 	"slices"
 	"time"
 
-	"github.com/go-jose/go-jose/v4"
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
@@ -17,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
 
+	"github.com/spiffed/spiffed/internal/jwks"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -50,7 +47,7 @@ func (e *endpoint) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDRequ
 	}
 	signing, cancel := context.WithTimeout(ctx, jwtTimeout)
 	defer cancel()
-	svids, err := e.source.JWTSVIDs(signing, c.selectors, req.Audience, id)
+	svids, err := e.source.JWTSVIDs(signing, c.Selectors, req.Audience, id)
 	if err != nil {
 		return nil, e.sourceError(signing, err)
 	}
@@ -81,7 +78,7 @@ func (e *endpoint) FetchJWTBundles(_ *workloadpb.JWTBundlesRequest, stream grpc.
 	return e.follow(stream, func(u *registry.Update) (proto.Message, error) {
 		m := &workloadpb.JWTBundlesResponse{Bundles: map[string][]byte{}}
 		for _, b := range append(slices.Clone(u.Federated), u.Bundle) {
-			jwks, n, err := keySet(b)
+			jwks, n, err := jwks.Marshal(b.JWTAuthorities, "")
 			if err != nil {
 				e.log.Error("left out a JWT bundle", "trust_domain_id", b.TrustDomain, "err", err)
 				continue
@@ -95,22 +92,6 @@ func (e *endpoint) FetchJWTBundles(_ *workloadpb.JWTBundlesRequest, stream grpc.
 		}
 		return m, e.fit(m, m.Bundles, u.Bundle.TrustDomain)
 	})
-}
-
-// keySet returns the JWK Set of the keys that sign JWT-SVIDs, and their number.
-// The keys have no "use": older validators know "sig" or none.
-func keySet(b *registry.Bundle) (jwks []byte, n int, err error) {
-	set := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{}}
-	for _, a := range b.JWTAuthorities {
-		switch a.PublicKey.(type) {
-		case *ecdsa.PublicKey, *rsa.PublicKey: // JWT-SVID §2.1 has no others
-			if a.KeyID != "" {
-				set.Keys = append(set.Keys, jose.JSONWebKey{Key: a.PublicKey, KeyID: a.KeyID})
-			}
-		}
-	}
-	jwks, err = json.Marshal(set)
-	return jwks, len(set.Keys), err
 }
 
 // ValidateJWTSVID implements Workload API §6.2.3. Any process may ask, whether
