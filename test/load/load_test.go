@@ -8,6 +8,11 @@
 //
 // is the full size: 100,000 entries and 1,000 agents; -entries and -agents say
 // otherwise. TestLoad is a small one that runs with all other tests.
+//
+// On the other side, a real agent is put under the load of its workloads
+// (workloads_test.go):
+//
+//	go test ./test/load -run '^$' -bench 'WorkloadAPI|Streams'
 package load
 
 import (
@@ -152,16 +157,17 @@ func load(t testing.TB, entries, agents, changes int) figures {
 			t.Errorf("the stream of %s broke: %v", a.id, err)
 		}
 	}
-	out.rssMB, out.peakMB = s.memory(t, "VmRSS:"), s.memory(t, "VmHWM:")
+	out.rssMB, out.peakMB = memory(t, s.cmd, "VmRSS:"), memory(t, s.cmd, "VmHWM:")
 	return out
 }
 
 // server is the process under load.
 type server struct {
-	cmd   *exec.Cmd
-	addr  string
-	admin *grpc.ClientConn
-	roots *x509bundle.Bundle
+	cmd         *exec.Cmd
+	dir, binary string
+	addr        string
+	admin       *grpc.ClientConn
+	roots       *x509bundle.Bundle
 }
 
 func startServer(t testing.TB) *server {
@@ -177,7 +183,7 @@ func startServer(t testing.TB) *server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &server{addr: l.Addr().String()}
+	s := &server{addr: l.Addr().String(), dir: dir, binary: binary}
 	l.Close()
 	socket := filepath.Join(dir, "admin.sock")
 	config := filepath.Join(dir, "server.toml")
@@ -466,10 +472,10 @@ func (a *agent) await(wanted func(map[string]int64) bool) error {
 	}
 }
 
-// memory reads a line of the server's /proc/PID/status, in 10^6 bytes.
-func (s *server) memory(t testing.TB, field string) float64 {
+// memory reads a line of a process's /proc/PID/status, in 10^6 bytes.
+func memory(t testing.TB, cmd *exec.Cmd, field string) float64 {
 	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
 	if err != nil {
 		t.Fatal(err)
 	}
