@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -23,6 +25,14 @@ const (
 	minSync     = 100 * time.Millisecond
 	maxSync     = time.Hour
 	minStore    = 16 << 20
+
+	// Of agent.limits. The reserve is a sixteenth of a total, and of less than 16
+	// there is none. gRPC's own limit of a message is 4 MiB.
+	maxLimit                         = 1 << 20
+	minTotal                         = 16
+	minHeaderSize, maxHeaderSize     = 4 << 10, 1 << 20
+	minMessageSize, maxMessageSize   = 64 << 10, 4 << 20
+	minLimitTimeout, maxLimitTimeout = 100 * time.Millisecond, time.Minute
 
 	// As the CA has them: a JWT key is published for a third of its life before it
 	// signs, and that is four refresh hints at the least.
@@ -61,9 +71,7 @@ func (d *decoder) checkServer(s *Server) {
 	d.address("server.listen", s.Listen, true)
 	d.path("server.data_dir", &s.DataDir)
 	d.socket("server.admin_socket", &s.AdminSocket)
-	if g := s.AdminGroup; strings.ContainsFunc(g, func(r rune) bool { return r <= ' ' || r == ':' || r == '/' || r == 0x7f }) || len(g) > 255 {
-		d.problem("server.admin_group", "server.admin_group: %q is not the name of a group", g)
-	}
+	d.group("server.admin_group", s.AdminGroup)
 	for _, addr := range s.Advertise {
 		d.address("server.advertise", addr, false)
 	}
@@ -104,11 +112,7 @@ func (d *decoder) checkServer(s *Server) {
 		// JWT (RFC 7519) §2: a StringOrURI with a colon is a URI.
 		d.problem("server.jwt_issuer", "server.jwt_issuer: %q has a colon and is not a URI", iss)
 	}
-	for _, id := range s.AdminIDs {
-		if id.Path() == "" {
-			d.problem("server.admin_ids", "server.admin_ids: %q has no path", id)
-		}
-	}
+	d.ids("server.admin_ids", s.AdminIDs)
 	if s.StoreMaxSize < minStore {
 		d.problem("server.store_max_size", `server.store_max_size: too small for a registry; want at least "16MiB"`)
 	}
@@ -142,7 +146,81 @@ func (d *decoder) checkAgent(c *Config, a *Agent) {
 		// Not quoted: it is a secret.
 		d.problem("agent.join", "agent.join: there is a space or a control character in it; want one join string or token")
 	}
+	if a.WorkloadSizeLimit < 1 {
+		d.problem("agent.workload_size_limit", `agent.workload_size_limit: want at least "1B"`)
+	}
+	d.ids("agent.authorized_delegates", a.AuthorizedDelegates)
+	d.group("agent.admin_group", a.AdminGroup)
+	d.checkLimits(&a.Limits)
+	x := &a.Experimental
+	d.ids("agent.experimental.brokers", x.Brokers)
+	switch {
+	case x.BrokerSocket != "":
+		d.socket("agent.experimental.broker_socket", &x.BrokerSocket)
+		if len(x.Brokers) == 0 && !d.bad["agent.experimental.brokers"] {
+			d.problem("agent.experimental.broker_socket", "agent.experimental.broker_socket: agent.experimental.brokers is empty: nobody would be answered")
+		}
+	case len(x.Brokers) > 0 && !d.bad["agent.experimental.broker_socket"]:
+		d.problem("agent.experimental.brokers", "agent.experimental.brokers: nobody can connect without agent.experimental.broker_socket")
+	}
 	d.checkJoin(c, a)
+}
+
+func (d *decoder) checkLimits(l *Limits) {
+	const section = "agent.limits."
+	atLeast := func(key string, n, least int) {
+		switch key = section + key; {
+		case n < least:
+			d.problem(key, "%s: %d is below %d", key, n, least)
+		case n > maxLimit:
+			d.problem(key, "%s: %d is above %d", key, n, maxLimit)
+		}
+	}
+	for _, limit := range []struct {
+		key         string
+		user, total int
+	}{
+		{"connections", l.Connections, l.TotalConnections},
+		{"streams", l.Streams, l.TotalStreams},
+		{"attestations", l.Attestations, l.TotalAttestations},
+	} {
+		atLeast(limit.key, limit.user, 1)
+		atLeast("total_"+limit.key, limit.total, minTotal)
+		if key := section + limit.key; limit.total < limit.user && !d.bad[key] {
+			key := section + "total_" + limit.key
+			d.problem(key, "%s: %d is below %s, which is %d", key, limit.total, section+limit.key, limit.user)
+		}
+	}
+	atLeast("calls_per_second", l.CallsPerSecond, 1)
+	atLeast("jwt_signings_per_second", l.JWTSigningsPerSecond, 1)
+	if n := l.HeaderSize; n < minHeaderSize || n > maxHeaderSize {
+		d.problem(section+"header_size", "agent.limits.header_size: want from 4KiB to 1MiB")
+	}
+	if n := l.MessageSize; n < minMessageSize || n > maxMessageSize {
+		d.problem(section+"message_size", "agent.limits.message_size: want from 64KiB to 4MiB")
+	}
+	for key, v := range map[string]time.Duration{"preface_timeout": l.PrefaceTimeout, "attestation_timeout": l.AttestationTimeout} {
+		if key = section + key; v < minLimitTimeout || v > maxLimitTimeout {
+			d.problem(key, "%s: want from %s to %s", key, FormatDuration(minLimitTimeout), FormatDuration(maxLimitTimeout))
+		}
+	}
+}
+
+// group checks the name of a group; whether there is one is not asked.
+func (d *decoder) group(key, name string) {
+	if strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == ':' || r == '/' || r == 0x7f }) || len(name) > 255 {
+		d.problem(key, "%s: %q is not the name of a group", key, name)
+	}
+}
+
+// ids checks the SPIFFE IDs of somebody who may do something: a trust domain's
+// own ID is nobody's.
+func (d *decoder) ids(key string, ids []spiffeid.ID) {
+	for _, id := range ids {
+		if id.Path() == "" {
+			d.problem(key, "%s: %q has no path", key, id)
+		}
+	}
 }
 
 // checkJoin judges the ways to join: by the server in the same process, by a
@@ -199,6 +277,7 @@ func (d *decoder) checkSockets(c *Config) {
 	if c.Agent != nil {
 		one("agent.workload_socket", c.Agent.WorkloadSocket)
 		one("agent.admin_socket", c.Agent.AdminSocket)
+		one("agent.experimental.broker_socket", c.Agent.Experimental.BrokerSocket)
 	}
 }
 

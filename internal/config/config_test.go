@@ -81,17 +81,9 @@ func TestDefaults(t *testing.T) {
 	}
 
 	// What the example shows as the default is the default: with all of it
-	// said, nothing changes but empty lists.
+	// said, nothing changes.
 	uncommented := commentedOut.ReplaceAllString(Example(), "$1")
-	said := mustParse(t, uncommented)
-	for _, list := range []*[]string{&said.Server.Advertise, &said.Agent.Servers} {
-		if len(*list) != 0 {
-			t.Errorf("a list is not empty by default: %q", *list)
-		}
-		*list = nil
-	}
-	said.Server.AdminIDs = nil
-	equal(t, said, want)
+	equal(t, mustParse(t, uncommented), want)
 
 	// And the example has every key.
 	for section, keys := range schema() {
@@ -244,6 +236,30 @@ func TestProblems(t *testing.T) {
 		"space in join":        {agent + "join = \"spiffed://sekrit@s:1/example.org/pin \"\n", `f:4: agent.join: there is a space or a control character in it`},
 		"relative join_file":   {agent + "join_file = \"join\"\n", `f:4: agent.join_file: "join" is not an absolute path`},
 		"sync interval":        {agent + "sync_interval = \"0s\"\n", `f:4: agent.sync_interval: want from 100ms to 1h`},
+		"no size limit":        {agent + "workload_size_limit = \"0B\"\n", `f:4: agent.workload_size_limit: want at least "1B"`},
+		"delegate no path":     {agent + "authorized_delegates = [\"spiffe://example.org/a\", \"spiffe://example.org\"]\n", `f:4: agent.authorized_delegates: "spiffe://example.org" has no path`},
+		"agent's group":        {agent + "admin_group = \"a:b\"\n", `f:4: agent.admin_group: "a:b" is not the name of a group`},
+		"no connections":       {agent + "limits.connections = 0\n", `f:4: agent.limits.connections: 0 is below 1`},
+		"negative streams":     {agent + "limits.streams = -5\n", `f:4: agent.limits.streams: -5 is below 1`},
+		"no calls":             {agent + "limits.calls_per_second = 0\n", `f:4: agent.limits.calls_per_second: 0 is below 1`},
+		"no attestations":      {agent + "limits.attestations = 0\n", `f:4: agent.limits.attestations: 0 is below 1`},
+		"no signings":          {agent + "limits.jwt_signings_per_second = 0\n", `f:4: agent.limits.jwt_signings_per_second: 0 is below 1`},
+		"many connections":     {agent + "limits.total_connections = 1048577\n", `f:4: agent.limits.total_connections: 1048577 is above 1048576`},
+		"few in all":           {agent + "limits.connections = 8\nlimits.total_connections = 15\n", `f:5: agent.limits.total_connections: 15 is below 16`},
+		"connections in all":   {agent + "limits.total_connections = 1000\n", `f:4: agent.limits.total_connections: 1000 is below agent.limits.connections, which is 1024`},
+		"streams in all":       {agent + "limits.streams = 20000\n", `f:4: agent.limits.total_streams: 16384 is below agent.limits.streams, which is 20000`},
+		"attestations in all":  {agent + "limits.attestations = 300\n", `f:4: agent.limits.total_attestations: 256 is below agent.limits.attestations, which is 300`},
+		"small header":         {agent + "limits.header_size = \"1KiB\"\n", `f:4: agent.limits.header_size: want from 4KiB to 1MiB`},
+		"large header":         {agent + "limits.header_size = \"2MiB\"\n", `f:4: agent.limits.header_size: want from 4KiB to 1MiB`},
+		"small message":        {agent + "limits.message_size = \"63KiB\"\n", `f:4: agent.limits.message_size: want from 64KiB to 4MiB`},
+		"large message":        {agent + "limits.message_size = \"5MiB\"\n", `f:4: agent.limits.message_size: want from 64KiB to 4MiB`},
+		"no time to speak":     {agent + "limits.preface_timeout = \"0s\"\n", `f:4: agent.limits.preface_timeout: want from 100ms to 1m`},
+		"long attestation":     {agent + "limits.attestation_timeout = \"2m\"\n", `f:4: agent.limits.attestation_timeout: want from 100ms to 1m`},
+		"brokers nowhere":      {agent + "[agent.experimental]\nbrokers = [\"spiffe://example.org/b\"]\n", `f:5: agent.experimental.brokers: nobody can connect without agent.experimental.broker_socket`},
+		"no brokers":           {agent + "[agent.experimental]\nbroker_socket = \"/run/b\"\n", `f:5: agent.experimental.broker_socket: agent.experimental.brokers is empty: nobody would be answered`},
+		"broker no path":       {agent + "[agent.experimental]\nbroker_socket = \"/run/b\"\nbrokers = [\"spiffe://example.org\"]\n", `f:6: agent.experimental.brokers: "spiffe://example.org" has no path`},
+		"broker's socket":      {agent + "[agent.experimental]\nbroker_socket = \"b\"\nbrokers = [\"spiffe://example.org/b\"]\n", `f:5: agent.experimental.broker_socket: "b" is not an absolute path`},
+		"broker's is taken":    {agent + "[agent.experimental]\nbroker_socket = \"/run/spiffed/agent-admin.sock\"\nbrokers = [\"spiffe://example.org/b\"]\n", `f:5: agent.experimental.broker_socket: "/run/spiffed/agent-admin.sock" is agent.admin_socket already`},
 		"same socket":          {agent + "admin_socket = \"/run/a\"\nworkload_socket = \"/run//a\"\n", `f:4: agent.admin_socket: "/run/a" is agent.workload_socket already`},
 		"join is a number":     {agent + "join = 5\n", `f:4: agent.join: want a string in quotes, not a number`},
 
@@ -420,6 +436,9 @@ func FuzzParse(f *testing.F) {
 		}
 		if s := c.Server; s != nil && (s.TrustDomain.IsZero() || !filepath.IsAbs(s.DataDir) || len(s.AdminSocket) > 107 || s.AgentTTL > s.SigningCATTL || s.JWTKeyType == "") {
 			t.Fatalf("accepted: %+v", s)
+		}
+		if a := c.Agent; a != nil && (a.Limits.Connections < 1 || a.Limits.TotalStreams < a.Limits.Streams || a.WorkloadSizeLimit < 1) {
+			t.Fatalf("accepted: %+v", a)
 		}
 		if a := c.Agent; a != nil && a.TrustDomain.IsZero() && a.Join == "" && a.JoinFile == "" {
 			t.Fatalf("accepted: %+v", a)

@@ -181,6 +181,10 @@ func set(field reflect.Value, value any) error {
 		if !ok {
 			return fmt.Errorf("want a list of strings, not %s", describe(value))
 		}
+		if len(list) == 0 { // as if the key were not there
+			field.SetZero()
+			return nil
+		}
 		out := reflect.MakeSlice(field.Type(), len(list), len(list))
 		for i, item := range list {
 			text, ok := item.(string)

@@ -158,31 +158,36 @@ type Agent struct {
 	// The group whose members may open admin_socket. Empty: the group spiffed
 	// if there is one, else nobody but the agent's own user and root.
 	AdminGroup string `toml:"admin_group"`
-	// What local processes may ask of the Workload API at a time.
+	// What local processes may ask of the Workload API. A call beyond a limit is
+	// answered with Unavailable, a connection is closed; it may be tried again.
+	// Root and the agent's own user may have the totals alone, and sixteen times
+	// what others may each second.
 	Limits Limits `toml:"limits"`
 	// What is not final in the SPIFFE specifications. It is off unless switched
 	// on, and may change with any version.
 	Experimental AgentExperimental `toml:"experimental"`
 }
 
-// Limits is the section [agent.limits]. A call or connection beyond a limit is
-// answered with Unavailable or closed; it may be tried again.
+// Limits is the section [agent.limits]. Bounds are in check.go.
 type Limits struct {
 	// Connections of the processes of one user.
 	Connections int `toml:"connections" default:"1024"`
 	// Calls of the processes of one user that are going on, open streams included.
 	Streams int `toml:"streams" default:"2048"`
-	// Calls that the processes of one user begin, each second.
+	// Calls that the processes of one user begin, and connections that they open,
+	// each second; at once, twice as many.
 	CallsPerSecond int `toml:"calls_per_second" default:"1000"`
 	// Processes of one user that are looked at at the same time; more wait.
 	Attestations int `toml:"attestations" default:"32"`
 	// JWT-SVIDs that are signed for the processes of one user, each second. One
 	// that the agent has already does not count.
 	JWTSigningsPerSecond int `toml:"jwt_signings_per_second" default:"50"`
-	// Connections of all users together. A sixteenth of it is kept for root.
+	// Connections of all users together. A sixteenth of it is kept for root and
+	// for the agent's own health checks; so it is with the next two. There are
+	// fewer where the files that the process may open, or its memory, would not
+	// do for them.
 	TotalConnections int `toml:"total_connections" default:"8192"`
-	// Calls of all users together that are going on. A sixteenth of it is kept
-	// for root.
+	// Calls of all users together that are going on.
 	TotalStreams int `toml:"total_streams" default:"16384"`
 	// Processes of all users that are looked at at the same time.
 	TotalAttestations int `toml:"total_attestations" default:"256"`
