@@ -22,6 +22,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
+	entryext "github.com/spiffed/spiffed/internal/api/spiffed/entry/v1"
 )
 
 // matches compares text with a pattern: every line of want is a regular
@@ -186,7 +187,7 @@ func TestNode(t *testing.T) {
 func TestEntryCreate(t *testing.T) {
 	r := newRig(t)
 	matches(t, r.ok("entry", "create", "--spiffe-id", "/web", "--parent", "/node/web-1", "--selector", "unix:uid:33", "--selector", "unix:path:/usr/sbin/nginx",
-		"--x509-svid-ttl", "10m", "--jwt-svid-ttl", "60", "--dns", "web.example.org", "--hint", "internal", "--federates-with", "other.org",
+		"--x509-svid-ttl", "10m", "--jwt-svid-ttl", "60", "--dns", "web.example.org", "--hint", "internal", "--order", "-2", "--federates-with", "other.org",
 		"--admin", "--downstream", "--expires-at", "2099-01-01T00:00:00Z"),
 		`Entry           made-web`,
 		`SPIFFE ID       spiffe://example.org/web`,
@@ -196,6 +197,7 @@ func TestEntryCreate(t *testing.T) {
 		`JWT-SVID TTL    1m`,
 		`DNS names       web.example.org`,
 		`Hint            internal`,
+		`Order           -2`,
 		`Federates with  other.org`,
 		`Admin           yes`,
 		`Downstream      yes`,
@@ -208,9 +210,11 @@ func TestEntryCreate(t *testing.T) {
 		X509SvidTtl: 600, JwtSvidTtl: 60, DnsNames: []string{"web.example.org"}, Hint: "internal", FederatesWith: []string{"other.org"},
 		Admin: true, Downstream: true, ExpiresAt: 4070908800, CreatedAt: r.ents[0].CreatedAt,
 	}
+	entryext.SetOrder(want, -2)
 	if !proto.Equal(r.ents[0], want) {
 		t.Errorf("got %v\nwant %v", r.ents[0], want)
 	}
+	r.fails(exitUsage, []string{"--order"}, "entry", "create", "--spiffe-id", "/a", "--parent", "/b", "--selector", "unix:uid:1", "--order", "2147483648")
 
 	again := []string{"entry", "create", "--spiffe-id", "spiffe://example.org/web", "--parent", "/node/web-1", "--selector", "unix:uid:33"}
 	r.fails(exitFailed, []string{
@@ -247,7 +251,7 @@ func TestEntryData(t *testing.T) {
 		 "federates_with": ["spiffe://other.org"], "entryExpiry": 4070908800},
 		{"id": "db", "spiffe_id": {"trust_domain": "example.org", "path": "/db"}, "parent_id": {"trust_domain": "example.org", "path": "/nodes"},
 		 "selectors": [{"type": "unix", "value": "uid:5"}], "x509_svid_ttl": 0, "jwt_svid_ttl": "30", "expires_at": "0", "revision_number": "3", "created_at": "17",
-		 "additional_attributes": {"jwt_svid_include_jti": true}, "store_svid": false, "dns_names": [], "hint": ""}
+		 "additional_attributes": {"jwt_svid_include_jti": true}, "store_svid": false, "dns_names": [], "hint": "", "order": 7}
 	]}`
 	code, _, stderr := r.runWith(spire, "entry", "create", "--data", "-")
 	if code != exitDone || len(r.ents) != 2 {
@@ -261,6 +265,8 @@ func TestEntryData(t *testing.T) {
 		Id: "db", SpiffeId: protoID("/db"), ParentId: protoID("/nodes"), Selectors: []*types.Selector{{Type: "unix", Value: "uid:5"}}, JwtSvidTtl: 30,
 		AdditionalAttributes: &types.Entry_AdditionalAttributes{JwtSvidIncludeJti: true}, CreatedAt: r.ents[1].CreatedAt,
 	}
+	entryext.SetOrder(blog, 0)
+	entryext.SetOrder(db, 7)
 	if !proto.Equal(r.ents[0], blog) || !proto.Equal(r.ents[1], db) {
 		t.Errorf("got %v", r.ents)
 	}
@@ -377,9 +383,17 @@ func TestEntryUpdateDelete(t *testing.T) {
 	if !proto.Equal(r.updated.Entries[0], want) || !proto.Equal(r.updated.InputMask, &types.EntryMask{SpiffeId: true, ParentId: true, Admin: true}) {
 		t.Errorf("got %v", r.updated)
 	}
+	r.ok("entry", "update", "e1", "--order", "0")
+	if order, ok := entryext.Order(r.updated.Entries[0]); order != 0 || !ok || !proto.Equal(r.updated.InputMask, &types.EntryMask{}) {
+		t.Errorf("got %v", r.updated)
+	}
+	// A whole entry without an order has none from then on.
 	code, _, stderr := r.runWith(`{"entries": [{"id": "e1", "spiffe_id": "/w", "parent_id": "/p", "selectors": ["unix:uid:3"]}]}`, "entry", "update", "--data", "-")
 	if code != exitDone || r.updated.InputMask != nil || len(r.updated.Entries[0].Selectors) != 1 {
 		t.Errorf("exit %d, %v\n%s", code, r.updated, stderr)
+	}
+	if order, ok := entryext.Order(r.updated.Entries[0]); order != 0 || !ok {
+		t.Errorf("got %v", r.updated)
 	}
 	r.fails(exitFailed, []string{"updating entry e9: entry not found", "spiffed entry list"}, "entry", "update", "e9", "--hint", "x")
 

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	entryext "github.com/spiffed/spiffed/internal/api/spiffed/entry/v1"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -45,6 +46,7 @@ type entryFlags struct {
 	x509TTL, jwtTTL    duration
 	dns, federatesWith []string
 	hint               string
+	order              int32
 	admin, downstream  bool
 	expiresAt, data    string
 }
@@ -57,13 +59,14 @@ func (f *entryFlags) register(cmd *cobra.Command) {
 	flags.Var(&f.x509TTL, "x509-svid-ttl", "how long its X.509-SVIDs are good for, as a `DURATION`; 0: the server's default")
 	flags.Var(&f.jwtTTL, "jwt-svid-ttl", "how long its JWT-SVIDs are good for, as a `DURATION`; 0: the server's default")
 	flags.StringArrayVar(&f.dns, "dns", nil, "DNS `NAME` in its X.509-SVIDs; the first is the common name too")
-	flags.StringVar(&f.hint, "hint", "", "`TEXT` that tells a process with several identities which is which")
+	flags.StringVar(&f.hint, "hint", "", "`TEXT` that tells a process with several identities which is which; one without a hint is its default")
+	flags.Int32Var(&f.order, "order", 0, "of several identities without a hint, that of the lowest `NUMBER` is the default, then the oldest; may be negative")
 	flags.StringArrayVar(&f.federatesWith, "federates-with", nil, "`TRUST-DOMAIN` whose bundle it gets")
 	flags.BoolVar(&f.admin, "admin", false, "it may administer the server over the network")
 	flags.BoolVar(&f.downstream, "downstream", false, "it is a server below this one")
 	flags.StringVar(&f.expiresAt, "expires-at", "", "when the entry ends: a `TIME` (RFC 3339) or a duration from now; 0: never")
 	flags.StringVar(&f.data, "data", "", "read entries from this `FILE` of JSON instead; - is standard input")
-	for _, name := range []string{"spiffe-id", "parent", "selector", "hint", "dns", "federates-with", "expires-at"} {
+	for _, name := range []string{"spiffe-id", "parent", "selector", "hint", "order", "dns", "federates-with", "expires-at"} {
 		_ = cmd.RegisterFlagCompletionFunc(name, noFiles)
 	}
 }
@@ -75,6 +78,9 @@ func (f *entryFlags) entry(cmd *cobra.Command) (*types.Entry, *types.EntryMask, 
 	e := &types.Entry{
 		X509SvidTtl: f.x509TTL.seconds(), JwtSvidTtl: f.jwtTTL.seconds(),
 		DnsNames: withoutEmpty(f.dns), Hint: f.hint, Admin: f.admin, Downstream: f.downstream,
+	}
+	if said("order") { // that it is there says that it is meant, not a mask
+		entryext.SetOrder(e, f.order)
 	}
 	mask := &types.EntryMask{
 		SpiffeId: said("spiffe-id"), ParentId: said("parent"), Selectors: said("selector"),
@@ -294,7 +300,7 @@ its ID as a whole.`,
 }
 
 // maskable are the flags that change an entry.
-var maskable = []string{"spiffe-id", "parent", "selector", "x509-svid-ttl", "jwt-svid-ttl", "dns", "hint", "federates-with", "admin", "downstream", "expires-at"}
+var maskable = []string{"spiffe-id", "parent", "selector", "x509-svid-ttl", "jwt-svid-ttl", "dns", "hint", "order", "federates-with", "admin", "downstream", "expires-at"}
 
 // entryResult is what the results of creating and of updating have in common.
 type entryResult interface {
@@ -406,6 +412,7 @@ func printEntries(w io.Writer, entries []entryJSON) {
 			field{"JWT-SVID TTL", ttl(e.JWTSVIDTTL)},
 			field{"DNS names", strings.Join(e.DNSNames, ", ")},
 			field{"Hint", e.Hint},
+			field{"Order", order(e.Order)},
 			field{"Federates with", strings.Join(e.FederatesWith, ", ")},
 			field{"Admin", yes(e.Admin)},
 			field{"Downstream", yes(e.Downstream)},
@@ -416,6 +423,14 @@ func printEntries(w io.Writer, entries []entryJSON) {
 			field{"Created", when(e.CreatedAt)},
 			field{"Revision", fmt.Sprint(e.RevisionNumber)})
 	}
+}
+
+// order is nothing for an entry that was not given one.
+func order(n int32) string {
+	if n == 0 {
+		return ""
+	}
+	return fmt.Sprint(n)
 }
 
 func newEntryListCommand(c *cli) *cobra.Command {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	entryext "github.com/spiffed/spiffed/internal/api/spiffed/entry/v1"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -30,6 +31,7 @@ type entryJSON struct {
 	FederatesWith   []string       `json:"federates_with,omitempty"`
 	DNSNames        []string       `json:"dns_names,omitempty"`
 	Hint            string         `json:"hint,omitempty"`
+	Order           int32          `json:"order,omitempty"`
 	Admin           bool           `json:"admin,omitempty"`
 	Downstream      bool           `json:"downstream,omitempty"`
 	StoreSVID       bool           `json:"store_svid,omitempty"`
@@ -57,6 +59,7 @@ func fromProtoEntry(e *types.Entry) entryJSON {
 		ExpiresAt:       unixTime(e.GetExpiresAt()), CreatedAt: unixTime(e.GetCreatedAt()),
 		RevisionNumber: e.GetRevisionNumber(),
 	}
+	out.Order, _ = entryext.Order(e)
 	for _, s := range e.GetSelectors() {
 		out.Selectors = append(out.Selectors, selectorJSON{s.Type, s.Value})
 	}
@@ -78,6 +81,7 @@ type entryData struct {
 	FederatesWith   []string       `json:"federates_with"`
 	DNSNames        []string       `json:"dns_names"`
 	Hint            string         `json:"hint"`
+	Order           int32          `json:"order"`
 	Admin           bool           `json:"admin"`
 	Downstream      bool           `json:"downstream"`
 	StoreSVID       bool           `json:"store_svid"`
@@ -243,6 +247,7 @@ func parseEntry(raw []byte) (parsedEntry, error) {
 	if prefetch, jti := d.DisablePrefetch || d.Additional.DisablePrefetch, d.IncludeJTI || d.Additional.IncludeJTI; prefetch || jti {
 		e.AdditionalAttributes = &types.Entry_AdditionalAttributes{DisableX509SvidPrefetch: prefetch, JwtSvidIncludeJti: jti}
 	}
+	entryext.SetOrder(e, d.Order) // 0 as well: it is the whole entry
 	for _, s := range d.Selectors {
 		e.Selectors = append(e.Selectors, &types.Selector{Type: s.Type, Value: s.Value})
 	}

@@ -22,6 +22,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/spiffed/spiffed/internal/agent/cache"
+	entryext "github.com/spiffed/spiffed/internal/api/spiffed/entry/v1"
 	syncv1 "github.com/spiffed/spiffed/internal/api/spiffed/sync/v1"
 	"github.com/spiffed/spiffed/internal/registry"
 )
@@ -531,6 +532,9 @@ func entryToProto(e *registry.Entry) *types.Entry {
 	}
 	for _, td := range e.FederatesWith {
 		out.FederatesWith = append(out.FederatesWith, td.Name())
+	}
+	if e.Order != 0 {
+		entryext.SetOrder(out, e.Order)
 	}
 	return out
 }

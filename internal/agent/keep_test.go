@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/spiffed/spiffed/internal/agent/cache"
+	entryext "github.com/spiffed/spiffed/internal/api/spiffed/entry/v1"
 	"github.com/spiffed/spiffed/internal/registry"
 	"github.com/spiffed/spiffed/internal/store"
 	"github.com/spiffed/spiffed/internal/store/bolt"
@@ -129,6 +130,7 @@ func TestServesFromCache(t *testing.T) {
 		e1, e2, e3 := testEntry(1), testEntry(2), testEntry(3)
 		e1.FederatesWith = []string{"other.org"}
 		e1.Hint = "first"
+		entryext.SetOrder(e1, -3)
 		e2.ExpiresAt = time.Now().Add(30 * 24 * time.Hour).Unix()
 		e3.StoreSvid = true
 		f.set(func() { f.federated["other.org"] = other.bundle(t) })

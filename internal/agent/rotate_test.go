@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	entryext "github.com/spiffed/spiffed/internal/api/spiffed/entry/v1"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -363,7 +364,8 @@ func TestEntryExpires(t *testing.T) {
 	})
 }
 
-// WAPI-21, WAPI-65: of two entries with a hint the oldest counts, always.
+// WAPI-21, WAPI-65: the default is one without a hint, and of two entries with a
+// hint the one of the lower order counts, then the oldest; always.
 func TestHintsAndOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFake(t, newTestCA(t, td), false)
@@ -372,6 +374,9 @@ func TestHintsAndOrder(t *testing.T) {
 			e.Hint = hint
 			e.Selectors[0].Value = "uid:1"
 			e.CreatedAt = int64(1000 + i)
+			if i == 4 {
+				entryext.SetOrder(e, -1)
+			}
 			f.add(e)
 		}
 		store := testEntry(50)
@@ -384,7 +389,7 @@ func TestHintsAndOrder(t *testing.T) {
 			for _, id := range n.await(uid("1"), "four", identities(4)).Identities {
 				paths = append(paths, id.SVID.ID.Path()+id.Entry.Hint)
 			}
-			if got := strings.Join(paths, " "); got != "/10internal /9external /7 /6" {
+			if got := strings.Join(paths, " "); got != "/6 /7 /9external /10internal" {
 				t.Errorf("%s", got)
 			}
 			time.Sleep(20 * time.Minute)

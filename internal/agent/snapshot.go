@@ -195,8 +195,8 @@ func (a *Agent) Current(selectors []registry.Selector) (*registry.Update, <-chan
 	return update, s.changed, nil
 }
 
-// match returns the entries of a process, oldest first. Of those with the same
-// hint only the oldest counts (Workload API §5.2.1: hints are unique).
+// match returns the entries of a process in the order of Matcher.Match. Of those
+// with the same hint only the first counts (Workload API §5.2.1: hints are unique).
 func (a *Agent) match(s *snapshot, selectors []registry.Selector, at time.Time) []*registry.Entry {
 	entries := s.matcher.Match(selectors)
 	hints := map[string]*registry.Entry{}
@@ -226,7 +226,7 @@ func (a *Agent) logHint(kept, dropped *registry.Entry) {
 	a.hintLogged[key] = true
 	a.mu.Unlock()
 	if !logged {
-		a.log.Warn("two entries for the same workload have the same hint; only the older is served",
+		a.log.Warn("two entries for the same workload have the same hint; only the one of the lower order, or else the older, is served",
 			"entry_id", dropped.ID, "spiffe_id", dropped.SPIFFEID, "kept_entry_id", kept.ID, "hint", dropped.Hint)
 	}
 }

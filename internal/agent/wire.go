@@ -9,6 +9,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	entryext "github.com/spiffed/spiffed/internal/api/spiffed/entry/v1"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -71,6 +72,7 @@ func entryFromProto(e *types.Entry, td spiffeid.TrustDomain) (*registry.Entry, e
 	if len(out.Hint) > registry.MaxHintLen {
 		return nil, fmt.Errorf("its hint is %d bytes long, at most %d are supported", len(out.Hint), registry.MaxHintLen)
 	}
+	out.Order, _ = entryext.Order(e)
 	out.Normalize()
 	return out, nil
 }

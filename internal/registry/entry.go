@@ -37,7 +37,7 @@ type Entry struct {
 	StoreSVID     bool                   `json:"store_svid,omitempty"`
 	NoPrefetch    bool                   `json:"disable_x509_svid_prefetch,omitempty"`
 	// Order decides which identity of a process is its default, after Hint and
-	// before the age: the lower one (Workload API §8).
+	// before the age: the lower one (Workload API §8). Any number will do.
 	Order      int32     `json:"order,omitempty"`
 	IncludeJTI bool      `json:"jwt_svid_include_jti,omitempty"`
 	ExpiresAt  time.Time `json:"expires_at,omitzero"` // zero: never

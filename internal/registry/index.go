@@ -268,9 +268,11 @@ func NewMatcher(entries []*Entry) *Matcher {
 // so that costly ones need not be computed in vain.
 func (m *Matcher) Wants(kind string) bool { return m.kinds[kind] }
 
-// Match returns the entries whose selectors are a subset of the given ones,
-// oldest first: the first is the default identity, and that must not change
-// with a rotation or a restart (Workload API §8).
+// Match returns the entries whose selectors are a subset of the given ones, the
+// default identity first. That must not change with a rotation or a restart
+// (Workload API §8), so they are ordered by what stays: by their hints, those
+// without one first, since with a hint one is chosen by that; then by Order; then
+// by age.
 func (m *Matcher) Match(selectors []Selector) []*Entry {
 	selectors = SortSelectors(selectors)
 	var out []*Entry
@@ -282,7 +284,12 @@ func (m *Matcher) Match(selectors []Selector) []*Entry {
 		}
 	}
 	slices.SortFunc(out, func(a, b *Entry) int {
-		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), cmp.Compare(a.ID, b.ID))
+		return cmp.Or(
+			cmp.Compare(a.Hint, b.Hint), // as bytes; the empty one is the least
+			cmp.Compare(a.Order, b.Order),
+			a.CreatedAt.Compare(b.CreatedAt),
+			cmp.Compare(a.ID, b.ID),
+		)
 	})
 	return out
 }

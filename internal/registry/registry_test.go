@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -323,6 +324,35 @@ func TestMatcher(t *testing.T) {
 	}
 	if !m.Wants("unix:path") || m.Wants("unix:sha256") {
 		t.Error("Wants")
+	}
+}
+
+// WAPI-65: the hint, then the order, then the age, then the ID say which identity
+// is the default.
+func TestMatchOrder(t *testing.T) {
+	uid := Selector{"unix", "uid:1"}
+	at := func(s int64) time.Time { return time.Unix(s, 0) }
+	want := []*Entry{
+		{ID: "z", Order: math.MinInt32, CreatedAt: at(9)},
+		{ID: "y", Order: -1, CreatedAt: at(8)},
+		{ID: "x", CreatedAt: at(1)},
+		{ID: "v", CreatedAt: at(2)},
+		{ID: "w", CreatedAt: at(2)},
+		{ID: "u", Order: math.MaxInt32, CreatedAt: at(0)},
+		{ID: "c", Hint: "A", Order: 5, CreatedAt: at(7)},
+		{ID: "b", Hint: "a", Order: 5, CreatedAt: at(3)},
+		{ID: "a", Hint: "ä", Order: -5, CreatedAt: at(0)},
+		{ID: "d", Hint: "ä", Order: -4, CreatedAt: at(0)},
+	}
+	for _, e := range want {
+		e.Selectors = []Selector{uid}
+	}
+	for range 20 {
+		entries := slices.Clone(want)
+		rand.Shuffle(len(entries), func(i, j int) { entries[i], entries[j] = entries[j], entries[i] })
+		if got := NewMatcher(entries).Match([]Selector{uid}); !slices.Equal(got, want) {
+			t.Fatalf("in the wrong order: %v", got)
+		}
 	}
 }
 

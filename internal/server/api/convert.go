@@ -12,6 +12,7 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	entryext "github.com/spiffed/spiffed/internal/api/spiffed/entry/v1"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -139,6 +140,7 @@ var allOfEntry = &types.EntryMask{
 }
 
 // applyEntry sets the fields of e that are in the mask as the request has them.
+// No mask knows of the order: that is set if the request has one.
 func (a *API) applyEntry(ctx context.Context, e *registry.Entry, p *types.Entry, mask *types.EntryMask, tokens *tokenIDs) error {
 	if mask == nil {
 		mask = allOfEntry
@@ -214,6 +216,9 @@ func (a *API) applyEntry(ctx context.Context, e *registry.Entry, p *types.Entry,
 		e.NoPrefetch = p.GetAdditionalAttributes().GetDisableX509SvidPrefetch()
 		e.IncludeJTI = p.GetAdditionalAttributes().GetJwtSvidIncludeJti()
 	}
+	if order, ok := entryext.Order(p); ok {
+		e.Order = order
+	}
 	e.Normalize()
 	return e.Validate(a.cfg.TrustDomain)
 }
@@ -261,8 +266,11 @@ func entryToProto(e *registry.Entry, mask *types.EntryMask) *types.Entry {
 	if mask.StoreSvid {
 		p.StoreSvid = e.StoreSVID
 	}
-	if mask.Hint {
+	if mask.Hint { // with which it makes the default identity; it has no bit of its own
 		p.Hint = e.Hint
+		if e.Order != 0 {
+			entryext.SetOrder(p, e.Order)
+		}
 	}
 	if mask.CreatedAt {
 		p.CreatedAt = createdAt(e)
