@@ -26,10 +26,12 @@ var streams = flag.Int("streams", 2_000, "streams that workloads hold, in Benchm
 
 // TestWorkloads keeps what follows from rotting.
 func TestWorkloads(t *testing.T) {
-	n := startNode(t)
-	held := workloadtest.Load{Socket: n.workload, Streams: 50, Callers: 50}.Hold(t)
+	n := startNode(t, group)
+	held := n.hold(t, 80, 1)
 	n.rotate(t, 1)
-	held.Next()
+	held.next()
+	n.create(t, &types.Entry{Id: "root", SpiffeId: id("/root"), Selectors: []*types.Selector{{Type: "unix", Value: "uid:0"}}})
+	n.settle(t, 3)
 	for _, what := range []string{workloadtest.NewConnection, workloadtest.X509SVID, workloadtest.JWTSVID} {
 		if f := (workloadtest.Load{Socket: n.workload, What: what, Callers: 2, Calls: 20}).Run(t); f.Calls != 20 {
 			t.Errorf("%s: %d calls", what, f.Calls)
@@ -41,7 +43,7 @@ func TestWorkloads(t *testing.T) {
 // entries ask for the uid alone, or for path and hash as well, which are known
 // after the first call. The JWT-SVID is the same each time: the agent has it.
 func BenchmarkWorkloadAPI(b *testing.B) {
-	n := startNode(b)
+	n := startNode(b, "uid:0")
 	calls := func(selectors string) {
 		for _, what := range []string{workloadtest.NewConnection, workloadtest.X509SVID, workloadtest.JWTSVID} {
 			for _, callers := range []int{1, 8} {
@@ -62,32 +64,60 @@ func BenchmarkWorkloadAPI(b *testing.B) {
 
 // BenchmarkStreams reports what an agent holds in memory that serves many
 // streams, and how long it is from the change of an entry, whose SVID is renewed
-// for it, until the last stream has the new one. The server and the process that
-// has the other ends share the processors with it.
+// for it, until the last stream has the new one. The streams are those of eight users, whose
+// processes share the processors with it, as does the server.
 func BenchmarkStreams(b *testing.B) {
 	for _, perConn := range []int{1, 2} {
 		b.Run(fmt.Sprintf("streams=%d/each-conn=%d", *streams, perConn), func(b *testing.B) {
-			n := startNode(b)
+			n := startNode(b, group)
 			idle := memory(b, n.cmd, "VmRSS:")
-			held := workloadtest.Load{Socket: n.workload, Streams: *streams, Callers: *streams / perConn}.Hold(b)
-			b.ReportMetric(memory(b, n.cmd, "VmRSS:"), "opened-MB")
+			held := n.hold(b, *streams, perConn)
+			opened := memory(b, n.cmd, "VmRSS:")
 			var took, worst time.Duration
 			rounds := 0
 			for b.Loop() {
 				rounds++
 				began := time.Now()
 				n.rotate(b, rounds)
-				held.Next()
+				held.next()
 				d := time.Since(began)
 				took, worst = took+d, max(worst, d)
 			}
 			b.ReportMetric(ms(took)/float64(rounds), "rotation-ms")
 			b.ReportMetric(ms(worst), "worst-ms")
 			b.ReportMetric(idle, "idle-MB")
+			b.ReportMetric(opened, "opened-MB")
 			b.ReportMetric(memory(b, n.cmd, "VmRSS:"), "rss-MB")
 			b.ReportMetric(memory(b, n.cmd, "VmHWM:"), "peak-MB")
 			b.ReportMetric(0, "ns/op")
 		})
+	}
+}
+
+// users is over how many the streams go: no user may have thousands.
+const users = 8
+
+// group is the selector of all of them.
+const group = "gid:4100"
+
+type held []*workloadtest.Held
+
+func (n *node) hold(t testing.TB, streams, perConn int) (all held) {
+	t.Helper()
+	for i := range users {
+		all = append(all, workloadtest.Load{
+			Socket: n.workload, Streams: streams / users, Callers: streams / users / perConn,
+			UID: uint32(4001 + i), GID: 4100,
+		}.Hold(t))
+	}
+	all.next()
+	return all
+}
+
+// next waits until each stream has one message more.
+func (h held) next() {
+	for _, process := range h {
+		process.Next()
 	}
 }
 
@@ -100,8 +130,9 @@ type node struct {
 	before          uint64 // entries that it has of its own
 }
 
-// startNode starts a server and an agent that has two entries for this user.
-func startNode(t testing.TB) *node {
+// startNode starts a server and an agent that has two entries with this selector
+// of the type unix.
+func startNode(t testing.TB, selector string) *node {
 	t.Helper()
 	s := startServer(t)
 	token, err := adminv1.NewServerClient(s.admin).CreateJoinToken(t.Context(), &adminv1.CreateJoinTokenRequest{Name: "host"})
@@ -111,6 +142,9 @@ func startNode(t testing.TB) *node {
 	// A folder with a short name: that of a socket has a limit.
 	sockets, err := os.MkdirTemp("", "load-")
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(sockets, 0o755); err != nil { // for other users
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(sockets) })
@@ -138,9 +172,9 @@ func startNode(t testing.TB) *node {
 		}
 	})
 	n.settle(t, 0)
-	uid := []*types.Selector{{Type: "unix", Value: fmt.Sprintf("uid:%d", os.Getuid())}}
-	n.create(t, &types.Entry{Id: "web", SpiffeId: id("/web"), Selectors: uid})
-	n.create(t, &types.Entry{Id: "db", SpiffeId: id("/db"), Selectors: uid})
+	for _, name := range []string{"web", "db"} {
+		n.create(t, &types.Entry{Id: name, SpiffeId: id("/" + name), Selectors: []*types.Selector{{Type: "unix", Value: selector}}})
+	}
 	n.settle(t, 2)
 	return n
 }

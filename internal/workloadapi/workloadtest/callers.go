@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -63,6 +64,8 @@ type Load struct {
 	Calls   int // of all of them, after some that are not measured
 
 	Streams int // see Hold; Callers is then over how many connections they go
+
+	UID, GID uint32 // of the process; those of this one if both are 0
 }
 
 // Figures are what the callers saw.
@@ -90,6 +93,9 @@ func (l Load) command(t testing.TB) *exec.Cmd {
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
 	cmd.Env = []string{callersEnv + "=" + string(text), "GORACE=atexit_sleep_ms=0"}
 	cmd.Stderr = os.Stderr
+	if l.UID != 0 || l.GID != 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: l.UID, Gid: l.GID}}
+	}
 	return cmd
 }
 
@@ -208,7 +214,7 @@ type Held struct {
 	lines *bufio.Scanner
 }
 
-// Hold opens l.Streams streams over l.Callers connections and returns when each
+// Hold opens l.Streams streams over l.Callers connections. Next returns when each
 // has its first message.
 func (l Load) Hold(t testing.TB) *Held {
 	t.Helper()
@@ -230,12 +236,10 @@ func (l Load) Hold(t testing.TB) *Held {
 			t.Errorf("the process that holds the streams: %v", err)
 		}
 	})
-	h := &Held{t, bufio.NewScanner(out)}
-	h.Next()
-	return h
+	return &Held{t, bufio.NewScanner(out)}
 }
 
-// Next waits until each stream has one more message.
+// Next waits until each stream has one message more, the first at first.
 func (h *Held) Next() {
 	h.t.Helper()
 	if !h.lines.Scan() {
