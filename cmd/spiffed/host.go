@@ -122,6 +122,7 @@ func (h *host) buildServer(ctx context.Context) error {
 		RefreshHint: cfg.RefreshHint,
 		Backdate:    cfg.Backdate,
 		JWTIssuer:   cfg.JWTIssuer,
+		WIT:         cfg.Experimental.WITSVID,
 		Floor:       clock.BuildTime(),
 		Journal:     h.store,
 		Log:         h.log,

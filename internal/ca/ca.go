@@ -1,6 +1,6 @@
 // Package ca is the certificate authority of a trust domain: it keeps the root
-// and the JWT signing keys, rotates what signs, and issues X.509-SVIDs and
-// JWT-SVIDs. Everything it signs is read back and linted (package lint) before
+// and the keys that sign tokens, rotates what signs, and issues X.509-SVIDs,
+// JWT-SVIDs and, when told to, WIT-SVIDs. Everything it signs is read back and linted (package lint) before
 // it is handed out. It decides neither who may have which identity nor how long
 // it lives by default, records no issued SVID, and never makes a second root on
 // its own: where state was expected and is not there, it refuses to open. See
@@ -46,6 +46,10 @@ type Config struct {
 	// clocks are behind; 1 minute.
 	Backdate  time.Duration
 	JWTIssuer string // the iss of JWT-SVIDs; empty: none
+	// WIT switches the WIT profile on, which is incubating: WIT keys are made, as
+	// JWT keys are and with the same type and TTL, and SignWITSVID signs. When it
+	// is switched off again, they leave the bundle when the CA is opened.
+	WIT bool
 	// Floor is a time that is certainly past, as that of the program's build. No
 	// root is made while the clock is before it. Zero: nothing is known.
 	Floor time.Time
@@ -78,7 +82,7 @@ const (
 	minSigningTTL = time.Minute
 	maxIssuer     = 2048 // bytes
 
-	// publishHints is how many refresh hints a JWT key is in the bundle, at the
+	// publishHints is how many refresh hints a token key is in the bundle, at the
 	// least, before it signs. Federation §4.1 wants three to five.
 	publishHints = 4
 
@@ -149,8 +153,8 @@ type CA struct {
 	state atomic.Pointer[state] // replaced under mu, read by all
 	// unsure says that the journal may hold more than state: a change of the
 	// roots failed, and may have been stored all the same.
-	unsure    bool
-	jwtFailed failure // the last attempt to rotate the JWT keys
+	unsure     bool
+	keysFailed failure // the last attempt to rotate the token keys
 }
 
 // failure is an attempt that did not succeed.
@@ -168,7 +172,8 @@ type state struct {
 	root    rootCA
 	roots   map[string]*root // all that the journal knows, by ID; the active one too
 	signing *signingCA       // below root; nil until the first is made
-	jwt     *jwtKey          // nil if none is active
+	jwt     *tokenKey        // nil if none is active
+	wit     *tokenKey        // the same; always nil without the WIT profile
 }
 
 // Open loads the authorities or, on a truly fresh host, makes them. It refuses
@@ -229,7 +234,7 @@ func (c *CA) open(ctx context.Context) error {
 	c.publish(s)
 	// A store that cannot be written to, its disk being full, must not keep the
 	// server down: the keys there are do sign, and Run tries again.
-	if err := c.rotateJWT(ctx); ctx.Err() != nil {
+	if err := c.rotateKeys(ctx); ctx.Err() != nil {
 		return ctx.Err()
 	} else if err != nil {
 		c.cfg.Log.Error("rotating the authorities; trying again", "err", err)
@@ -254,7 +259,7 @@ func (c *CA) loadSealer() error {
 	return err
 }
 
-// Run rotates the signing CA and the JWT keys until ctx ends, and returns nil then.
+// Run rotates the signing CA and the token keys until ctx ends, and returns nil then.
 func (c *CA) Run(ctx context.Context) error {
 	tick := time.NewTicker(checkEvery)
 	defer tick.Stop()
@@ -265,7 +270,7 @@ func (c *CA) Run(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		err := errors.Join(c.rotateJWT(ctx), c.renewSigning())
+		err := errors.Join(c.rotateKeys(ctx), c.renewSigning())
 		text := ""
 		if errors.Is(err, errRootValidity) {
 			text = errRootValidity.Error() // the whole text holds the time, which is always new
@@ -296,7 +301,7 @@ func (c *CA) Root() *x509.Certificate { return c.state.Load().root.cert }
 // AuthorityStatus describes an authority to people.
 type AuthorityStatus struct {
 	ID        string
-	Kind      string // root, signing or jwt
+	Kind      string // root, signing, jwt or wit
 	State     string // prepared, active or old
 	ExpiresAt time.Time
 	Tainted   bool
@@ -310,7 +315,7 @@ func (c *CA) Status() []AuthorityStatus {
 		if r.State == registry.Revoked {
 			continue
 		}
-		kind := "jwt"
+		kind := string(r.Kind)
 		if r.Kind == registry.KindX509 {
 			kind = "root"
 		}

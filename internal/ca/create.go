@@ -41,19 +41,28 @@ func (c *CA) create(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Nobody holds an older bundle, so this key need not wait to be known.
-	jwt, pub, err := newJWTRecord(seal, c.cfg.JWTKeyType, registry.Active, now, c.cfg.JWTKeyTTL)
-	if err != nil {
-		return err
-	}
+	records := []*registry.Authority{root}
 	bundle := &registry.Bundle{
 		TrustDomain:     c.cfg.TrustDomain,
 		X509Authorities: []registry.X509Authority{{Certificate: cert}},
-		JWTAuthorities:  []registry.JWTAuthority{{KeyID: jwt.ID, PublicKey: pub, ExpiresAt: jwt.ExpiresAt}},
 		Sequence:        nextSequence(0, now),
 		RefreshHint:     c.cfg.RefreshHint,
 	}
-	if err := c.cfg.Journal.SaveAuthorities(ctx, []*registry.Authority{root, jwt}, nil, bundle); err != nil {
+	kinds := []registry.AuthorityKind{registry.KindJWT}
+	if c.cfg.WIT {
+		kinds = append(kinds, registry.KindWIT)
+	}
+	for _, kind := range kinds {
+		// Nobody holds an older bundle, so these keys need not wait to be known.
+		r, key, err := c.newTokenKey(seal, kind, registry.Active, now)
+		if err != nil {
+			return err
+		}
+		records = append(records, r)
+		keys := tokenKeys(bundle, kind)
+		*keys = append(*keys, key)
+	}
+	if err := c.cfg.Journal.SaveAuthorities(ctx, records, nil, bundle); err != nil {
 		return fmt.Errorf("storing the authorities: %w", err)
 	}
 	c.cfg.Log.Info("made a new root", "trust_domain_id", c.td, "local_authority_id", root.ID, "expires_at", root.ExpiresAt, "type", "audit")

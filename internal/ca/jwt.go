@@ -2,18 +2,15 @@ package ca
 
 import (
 	"context"
-	"crypto"
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
 	"unicode"
 	"unicode/utf8"
 
-	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/spiffed/spiffed/internal/ca/lint"
@@ -26,28 +23,6 @@ const (
 	maxAudiences    = 32
 	maxAudienceSize = 4096 // bytes, of all together
 )
-
-// jwtKey is the active JWT key.
-type jwtKey struct {
-	id        string
-	expiresAt time.Time
-	alg       jose.SignatureAlgorithm
-	sigLen    int
-	signer    jose.Signer // made once, and safe for concurrent use
-}
-
-func newJWTKey(r *registry.Authority, key crypto.Signer) (*jwtKey, error) {
-	alg, sigLen := typeOf(key.Public()).jwtAlgorithm()
-	signer, err := jose.NewSigner(
-		jose.SigningKey{Algorithm: alg, Key: jose.JSONWebKey{Key: key, KeyID: r.ID}},
-		new(jose.SignerOptions).WithType("JWT"))
-	if err != nil {
-		return nil, fmt.Errorf("JWT key %s: %w", r.ID, err)
-	}
-	return &jwtKey{r.ID, r.ExpiresAt, alg, sigLen, signer}, nil
-}
-
-func (k *jwtKey) valid(now time.Time) bool { return k != nil && now.Before(k.expiresAt) }
 
 // JWTParams says what a JWT-SVID is to claim. TTL is capped by the key's.
 type JWTParams struct {
@@ -80,14 +55,9 @@ func (c *CA) SignJWTSVID(ctx context.Context, p JWTParams) (*registry.JWTSVID, e
 		return nil, fmt.Errorf("signing a JWT-SVID: %w", err)
 	}
 	now := wallNow()
-	key := c.state.Load().jwt
-	if !key.valid(now) { // the machine slept, and Run has not seen it yet
-		if err := c.rotateJWT(ctx); err != nil {
-			return nil, fmt.Errorf("signing a JWT-SVID: %w", err)
-		}
-		if key = c.state.Load().jwt; !key.valid(now) {
-			return nil, errors.New("signing a JWT-SVID: no key is valid by the host's clock")
-		}
+	key, err := c.activeKey(ctx, now, func(s *state) *tokenKey { return s.jwt })
+	if err != nil {
+		return nil, fmt.Errorf("signing a JWT-SVID: %w", err)
 	}
 	svid, err := signJWT(key, p, audience, c.cfg.JWTIssuer, now)
 	if err != nil {
@@ -96,7 +66,7 @@ func (c *CA) SignJWTSVID(ctx context.Context, p JWTParams) (*registry.JWTSVID, e
 	return svid, nil
 }
 
-func signJWT(key *jwtKey, p JWTParams, audience []string, issuer string, now time.Time) (*registry.JWTSVID, error) {
+func signJWT(key *tokenKey, p JWTParams, audience []string, issuer string, now time.Time) (*registry.JWTSVID, error) {
 	id := p.ID.String()
 	iat := seconds(now)
 	exp := earliest(iat.Add(p.TTL.Truncate(time.Second)), seconds(key.expiresAt))

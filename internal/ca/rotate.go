@@ -2,7 +2,6 @@ package ca
 
 import (
 	"context"
-	"crypto"
 	"errors"
 	"fmt"
 	"slices"
@@ -12,7 +11,7 @@ import (
 )
 
 const (
-	// retention is how long a JWT key stays in the bundle after its end. No
+	// retention is how long a token key stays in the bundle after its end. No
 	// token outlives its key, but validators have clocks of their own.
 	retention = time.Hour
 
@@ -23,28 +22,29 @@ const (
 	retryAfter = time.Second
 )
 
-// jwtPlan is what to do with the JWT keys.
-type jwtPlan struct {
+// keyPlan is what to do with the token keys of one kind.
+type keyPlan struct {
+	kind     registry.AuthorityKind
 	drop     []*registry.Authority   // leave the bundle
 	retire   []*registry.Authority   // sign no more
 	activate *registry.Authority     // signs from now on
 	create   registry.AuthorityState // Prepared, Active, or empty for none
 }
 
-func (p jwtPlan) empty() bool {
+func (p keyPlan) empty() bool {
 	return len(p.drop) == 0 && len(p.retire) == 0 && p.activate == nil && p.create == ""
 }
 
-// planJWT decides by the wall clock. A key is prepared when the active one has
+// planKeys decides for the keys of a kind, by the wall clock. A key is prepared when the active one has
 // half of its life left, and takes over when a sixth is left, but never before
 // it was published for lead. Only if the active key has expired (the machine
 // was off), there is no time to wait.
-func planJWT(now time.Time, records []*registry.Authority, lead time.Duration) jwtPlan {
-	var p jwtPlan
+func planKeys(now time.Time, kind registry.AuthorityKind, records []*registry.Authority, lead time.Duration) keyPlan {
+	p := keyPlan{kind: kind}
 	var active, next *registry.Authority
 	for _, r := range records {
 		switch {
-		case r.Kind != registry.KindJWT:
+		case r.Kind != kind:
 		case !now.Before(r.ExpiresAt.Add(retention)):
 			p.drop = append(p.drop, r)
 		case r.State == registry.Old:
@@ -88,51 +88,93 @@ func fromFuture(now time.Time, r *registry.Authority) bool {
 	return now.Before(r.CreatedAt.Add(-clockSlack))
 }
 
-// rotateJWT does what planJWT says. Keys come into the bundle, and the bundle
+// plan returns what to do with the token keys of all kinds, and whether the
+// bundle has to be replaced at all.
+//
+// Without the WIT profile no WIT key stays, in the bundle or the journal,
+// however long what it signed would be valid: there are consumers that refuse a
+// bundle with a key of a use they do not know, and off has to help them at once.
+func (c *CA) plan(now time.Time, records []*registry.Authority, bundle *registry.Bundle) (plans []keyPlan, due bool) {
+	lead := publishHints * c.cfg.RefreshHint
+	wit := keyPlan{kind: registry.KindWIT}
+	if c.cfg.WIT {
+		known := records
+		for _, r := range records {
+			if strayWIT(r, bundle) {
+				known = outcome(known, nil, []string{r.ID})
+				wit.drop = append(wit.drop, r)
+			}
+		}
+		p := planKeys(now, registry.KindWIT, known, lead)
+		p.drop = append(p.drop, wit.drop...)
+		wit = p
+	} else {
+		for _, r := range records {
+			if r.Kind == registry.KindWIT {
+				wit.drop = append(wit.drop, r)
+			}
+		}
+	}
+	plans = []keyPlan{planKeys(now, registry.KindJWT, records, lead), wit}
+	due = bundle.RefreshHint != c.cfg.RefreshHint || !c.cfg.WIT && len(bundle.WITAuthorities) > 0 ||
+		slices.ContainsFunc(plans, func(p keyPlan) bool { return !p.empty() })
+	return plans, due
+}
+
+// strayWIT says whether a record is of a WIT key that is not in the bundle. An
+// earlier version of this program, which knew no such keys, leaves it behind
+// when it writes the bundle. Nobody could verify what it signs.
+func strayWIT(r *registry.Authority, bundle *registry.Bundle) bool {
+	if r.Kind != registry.KindWIT {
+		return false
+	}
+	_, published := bundle.FindWITAuthority(r.ID)
+	return !published
+}
+
+// rotateKeys does what plan says. Keys come into the bundle, and the bundle
 // into the journal, before anything is signed with them.
 //
 // An attempt that failed stands for a second: with an expired key and a journal
 // that fails, each caller who wants a token would make a key otherwise.
-func (c *CA) rotateJWT(ctx context.Context) error {
+func (c *CA) rotateKeys(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.jwtFailed.err != nil && time.Since(c.jwtFailed.at) < retryAfter {
-		return c.jwtFailed.err
+	if c.keysFailed.err != nil && time.Since(c.keysFailed.at) < retryAfter {
+		return c.keysFailed.err
 	}
-	err := c.tryRotateJWT(ctx)
+	err := c.tryRotateKeys(ctx)
 	if ctx.Err() != nil { // which is this caller's own affair
 		return err
 	}
-	c.jwtFailed = failure{err, time.Now()}
+	c.keysFailed = failure{err, time.Now()}
 	return err
 }
 
-// tryRotateJWT is called with mu held.
-func (c *CA) tryRotateJWT(ctx context.Context) error {
+// tryRotateKeys is called with mu held.
+func (c *CA) tryRotateKeys(ctx context.Context) error {
 	now := wallNow()
-	lead := publishHints * c.cfg.RefreshHint
 	s := c.state.Load()
 	if now.Before(s.root.cert.NotBefore) {
 		// The clock is behind. By it the keys are all from the future, and what
 		// would replace them has expired when the clock is set.
 		return nil
 	}
-	if planJWT(now, s.records, lead).empty() && s.bundle.RefreshHint == c.cfg.RefreshHint && !c.unsure {
+	if _, due := c.plan(now, s.records, s.bundle); !due && !c.unsure {
 		return nil
 	}
 	records, bundle, err := c.reload(ctx, s)
 	if err != nil {
-		return fmt.Errorf("rotating the JWT keys: %w", err)
+		return fmt.Errorf("rotating the token keys: %w", err)
 	}
-	plan := planJWT(now, records, lead)
-	if !plan.empty() || bundle.RefreshHint != c.cfg.RefreshHint {
-		if records, bundle, err = c.carryOut(ctx, plan, records, bundle, now); err != nil {
-			return fmt.Errorf("rotating the JWT keys: %w", err)
+	if plans, due := c.plan(now, records, bundle); due {
+		if records, bundle, err = c.carryOut(ctx, plans, records, bundle, now); err != nil {
+			return fmt.Errorf("rotating the token keys: %w", err)
 		}
 	}
 	next, err := c.adopt(records, bundle, s)
 	if err != nil {
-		return fmt.Errorf("rotating the JWT keys: %w", err)
+		return fmt.Errorf("rotating the token keys: %w", err)
 	}
 	c.publish(next)
 	if c.unsure {
@@ -155,49 +197,60 @@ func (c *CA) reload(ctx context.Context, s *state) ([]*registry.Authority, *regi
 	return records, bundle, nil
 }
 
-// carryOut stores the outcome of the plan and returns it.
-func (c *CA) carryOut(ctx context.Context, plan jwtPlan, records []*registry.Authority, old *registry.Bundle, now time.Time) ([]*registry.Authority, *registry.Bundle, error) {
+// carryOut stores the outcome of the plans, in one step, and returns it.
+func (c *CA) carryOut(ctx context.Context, plans []keyPlan, records []*registry.Authority, old *registry.Bundle, now time.Time) ([]*registry.Authority, *registry.Bundle, error) {
 	bundle := *old
-	bundle.JWTAuthorities = slices.Clone(old.JWTAuthorities)
 	bundle.RefreshHint = c.cfg.RefreshHint
 	bundle.Sequence = nextSequence(old.Sequence, now)
 
-	var put []*registry.Authority
+	var put, dropped []*registry.Authority
 	var deleted []string
-	for _, r := range plan.drop {
-		deleted = append(deleted, r.ID)
-		bundle.JWTAuthorities = slices.DeleteFunc(bundle.JWTAuthorities, func(a registry.JWTAuthority) bool { return a.KeyID == r.ID })
-	}
-	for _, r := range plan.retire {
-		retired := *r
-		retired.State = registry.Old
-		retired.SealedKey = nil // never needed again
-		put = append(put, &retired)
-	}
-	if plan.activate != nil {
-		active := *plan.activate
-		active.State, active.ActivatedAt = registry.Active, now
-		put = append(put, &active)
-	}
-	if plan.create != "" {
-		r, pub, err := newJWTRecord(c.seal, c.cfg.JWTKeyType, plan.create, now, c.cfg.JWTKeyTTL)
-		if err != nil {
-			return nil, nil, err
+	for _, plan := range plans {
+		keys := tokenKeys(&bundle, plan.kind)
+		*keys = slices.DeleteFunc(slices.Clone(*keys), func(a registry.JWTAuthority) bool {
+			return slices.ContainsFunc(plan.drop, func(r *registry.Authority) bool { return r.ID == a.KeyID })
+		})
+		for _, r := range plan.drop {
+			deleted = append(deleted, r.ID)
 		}
-		put = append(put, r)
-		bundle.JWTAuthorities = append(bundle.JWTAuthorities, registry.JWTAuthority{KeyID: r.ID, PublicKey: pub, ExpiresAt: r.ExpiresAt})
+		dropped = append(dropped, plan.drop...)
+		for _, r := range plan.retire {
+			retired := *r
+			retired.State = registry.Old
+			retired.SealedKey = nil // never needed again
+			put = append(put, &retired)
+		}
+		if plan.activate != nil {
+			active := *plan.activate
+			active.State, active.ActivatedAt = registry.Active, now
+			put = append(put, &active)
+		}
+		if plan.create != "" {
+			r, key, err := c.newTokenKey(c.seal, plan.kind, plan.create, now)
+			if err != nil {
+				return nil, nil, err
+			}
+			put = append(put, r)
+			*keys = append(*keys, key)
+		}
+	}
+	if !c.cfg.WIT {
+		bundle.WITAuthorities = nil
+	}
+	if err := checkKeyIDs(&bundle); err != nil {
+		return nil, nil, err
 	}
 	if err := c.cfg.Journal.SaveAuthorities(ctx, put, deleted, &bundle); err != nil {
 		return nil, nil, fmt.Errorf("storing the authorities: %w", err)
 	}
 	for _, r := range put {
-		c.cfg.Log.Info("JWT key changed", "local_authority_id", r.ID, "state", r.State, "expires_at", r.ExpiresAt, "type", "audit")
+		c.cfg.Log.Info(keyName(r.Kind)+" changed", "local_authority_id", r.ID, "state", r.State, "expires_at", r.ExpiresAt, "type", "audit")
 		if r.State == registry.Active && now.Before(r.CreatedAt.Add(publishHints*c.cfg.RefreshHint)) {
-			c.cfg.Log.Warn("a JWT key signs before others may know it, since the one before has expired", "local_authority_id", r.ID)
+			c.cfg.Log.Warn("a "+keyName(r.Kind)+" signs before others may know it, since there was none that is still valid", "local_authority_id", r.ID)
 		}
 	}
-	for _, id := range deleted {
-		c.cfg.Log.Info("JWT key left the bundle", "local_authority_id", id, "type", "audit")
+	for _, r := range dropped {
+		c.cfg.Log.Info(keyName(r.Kind)+" left the bundle", "local_authority_id", r.ID, "type", "audit")
 	}
 	return outcome(records, put, deleted), &bundle, nil
 }
@@ -208,29 +261,6 @@ func outcome(records, put []*registry.Authority, deleted []string) []*registry.A
 		return slices.Contains(deleted, r.ID) || slices.ContainsFunc(put, func(p *registry.Authority) bool { return p.ID == r.ID })
 	})
 	return append(out, put...)
-}
-
-func newJWTRecord(seal *sealer, t KeyType, st registry.AuthorityState, now time.Time, ttl time.Duration) (*registry.Authority, crypto.PublicKey, error) {
-	key, err := generateKey(t)
-	if err != nil {
-		return nil, nil, fmt.Errorf("making a JWT key: %w", err)
-	}
-	id, spki, err := keyID(key.Public())
-	if err != nil {
-		return nil, nil, err
-	}
-	sealed, err := seal.seal(id, key)
-	if err != nil {
-		return nil, nil, err
-	}
-	r := &registry.Authority{
-		ID: id, Kind: registry.KindJWT, State: st, PublicKey: spki, SealedKey: sealed,
-		CreatedAt: now, ExpiresAt: seconds(now.Add(ttl)),
-	}
-	if st == registry.Active {
-		r.ActivatedAt = now
-	}
-	return r, key.Public(), nil
 }
 
 // adopt checks stored authorities and the bundle, and makes a state of them. It
@@ -246,6 +276,9 @@ func (c *CA) adopt(records []*registry.Authority, bundle *registry.Bundle, prev 
 		return nil, fmt.Errorf("the database belongs to the trust domain %q, but the configuration says %q; "+
 			"a trust domain cannot be renamed: set the old name again, or begin with an empty database and key folder", bundle.TrustDomain, c.cfg.TrustDomain)
 	}
+	if err := checkKeyIDs(bundle); err != nil {
+		return nil, err
+	}
 	s := &state{records: records, bundle: bundle, roots: map[string]*root{}}
 	prepared := map[registry.AuthorityKind]int{}
 	for _, r := range records {
@@ -259,14 +292,19 @@ func (c *CA) adopt(records []*registry.Authority, bundle *registry.Bundle, prev 
 		case err != nil:
 		case r.Kind == registry.KindX509:
 			err = c.adoptRoot(s, r, prev)
-		case r.Kind == registry.KindJWT && r.State == registry.Active:
-			if s.jwt != nil {
-				err = errors.New("it is a second active JWT key")
+		case r.Kind == registry.KindWIT && (!c.cfg.WIT || strayWIT(r, bundle)): // will be dropped
+		case r.State == registry.Active:
+			key := &s.jwt
+			if r.Kind == registry.KindWIT {
+				key = &s.wit
+			}
+			if *key != nil {
+				err = fmt.Errorf("it is a second active %s", keyName(r.Kind))
 				break
 			}
-			s.jwt, err = c.adoptJWT(r, bundle)
-		case r.Kind == registry.KindJWT && r.State == registry.Prepared:
-			_, err = c.adoptJWT(r, bundle) // will be needed
+			*key, err = c.adoptKey(r, bundle)
+		case r.State == registry.Prepared:
+			_, err = c.adoptKey(r, bundle) // will be needed
 		}
 		if err != nil {
 			return nil, fmt.Errorf("authority %s in the database: %w", r.ID, err)
@@ -282,23 +320,4 @@ func (c *CA) adopt(records []*registry.Authority, bundle *registry.Bundle, prev 
 		s.signing = prev.signing
 	}
 	return s, nil
-}
-
-func (c *CA) adoptJWT(r *registry.Authority, bundle *registry.Bundle) (*jwtKey, error) {
-	key, err := c.seal.open(r.ID, r.SealedKey)
-	if err != nil {
-		return nil, fmt.Errorf("decrypting it with %q: %w; the file and the database do not belong together: restore both from one backup", c.dir.file(dataKeyFile), err)
-	}
-	id, _, err := keyID(key.Public())
-	if err != nil {
-		return nil, err
-	}
-	published, ok := bundle.FindJWTAuthority(r.ID)
-	switch {
-	case id != r.ID:
-		return nil, errors.New("the ID and the key do not belong together")
-	case !ok || !equalKeys(key.Public(), published.PublicKey):
-		return nil, errors.New("it is not in the bundle; restore the database from a backup")
-	}
-	return newJWTKey(r, key)
 }

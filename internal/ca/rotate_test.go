@@ -294,7 +294,7 @@ func TestClockBehind(t *testing.T) {
 	})
 }
 
-func TestPlanJWT(t *testing.T) {
+func TestPlanKeys(t *testing.T) {
 	const ttl, lead = 30 * day, 20 * time.Minute
 	t0 := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	at := func(id string, state registry.AuthorityState, created time.Duration) *registry.Authority {
@@ -330,7 +330,7 @@ func TestPlanJWT(t *testing.T) {
 		{"clock a little ahead", -time.Minute, []*registry.Authority{a}, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p := planJWT(t0.Add(test.now), test.records, lead)
+			p := planKeys(t0.Add(test.now), registry.KindJWT, test.records, lead)
 			var got []string
 			for _, r := range p.drop {
 				got = append(got, "drop "+r.ID)

@@ -29,7 +29,7 @@ type X509Authority struct {
 	Tainted     bool // on its way out: replace what it signed
 }
 
-// JWTAuthority is one key that signs JWT-SVIDs.
+// JWTAuthority is one key that signs JWT-SVIDs, or WIT-SVIDs.
 type JWTAuthority struct {
 	KeyID     string
 	PublicKey crypto.PublicKey
@@ -40,6 +40,16 @@ type JWTAuthority struct {
 // FindJWTAuthority returns the key with that ID.
 func (b *Bundle) FindJWTAuthority(keyID string) (JWTAuthority, bool) {
 	for _, a := range b.JWTAuthorities {
+		if a.KeyID == keyID {
+			return a, true
+		}
+	}
+	return JWTAuthority{}, false
+}
+
+// FindWITAuthority returns the key of WIT-SVIDs with that ID.
+func (b *Bundle) FindWITAuthority(keyID string) (JWTAuthority, bool) {
+	for _, a := range b.WITAuthorities {
 		if a.KeyID == keyID {
 			return a, true
 		}
@@ -133,9 +143,9 @@ const (
 )
 
 // Authority is the server's own record of a key that signs: a trust domain root
-// or a JWT key. The private key is never here in the clear.
+// or a key that signs tokens. The private key is never here in the clear.
 type Authority struct {
-	ID          string         `json:"id"` // X.509: the SubjectKeyId in hex; JWT: the kid
+	ID          string         `json:"id"` // X.509: the SubjectKeyId in hex; JWT and WIT: the kid
 	Kind        AuthorityKind  `json:"kind"`
 	State       AuthorityState `json:"state"`
 	Tainted     bool           `json:"tainted,omitempty"`

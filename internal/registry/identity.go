@@ -33,9 +33,10 @@ type JWTSVID struct {
 // never changed once made.
 type WITSVID struct {
 	ID         spiffeid.ID
-	Token      string // compact serialization
-	PrivateKey crypto.Signer
-	Algorithm  string // of proofs with PrivateKey: cnf.jwk.alg, such as "ES256"
+	Token      string        // compact serialization
+	PrivateKey crypto.Signer // nil where it is not known, as it is to who signs Token
+	Algorithm  string        // of proofs with PrivateKey: cnf.jwk.alg, such as "ES256"
+	IssuedAt   time.Time
 	ExpiresAt  time.Time
 	Hint       string
 }

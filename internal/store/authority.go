@@ -4,9 +4,12 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"slices"
 
 	"github.com/spiffed/spiffed/internal/registry"
 )
+
+var authorityKinds = []registry.AuthorityKind{registry.KindX509, registry.KindJWT, registry.KindWIT}
 
 func authorityKey(kind registry.AuthorityKind, id string) string {
 	return authorityPrefix + string(kind) + "/" + id
@@ -95,7 +98,7 @@ func (s *Store) SaveAuthorities(ctx context.Context, put []*registry.Authority, 
 		ops = append(ops, op)
 	}
 	for _, a := range put {
-		if a.ID == "" || a.Kind != registry.KindX509 && a.Kind != registry.KindJWT {
+		if a.ID == "" || !slices.Contains(authorityKinds, a.Kind) {
 			return registry.Invalidf("authority %q of kind %q", a.ID, a.Kind)
 		}
 		op, err := putJSON(authorityKey(a.Kind, a.ID), a)

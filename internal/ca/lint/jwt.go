@@ -31,25 +31,13 @@ var algorithms = []string{"RS256", "RS384", "RS512", "ES256", "ES384", "ES512", 
 
 // JWT checks a JWT-SVID in its compact serialization.
 func JWT(token string, want JWTWant) error {
-	switch n := strings.Count(token, "."); {
+	switch {
 	case strings.HasPrefix(strings.TrimSpace(token), "{"):
 		return violation("JWT-1", "JSON serialization")
-	case n == 4:
+	case strings.Count(token, ".") == 4:
 		return violation("JWT-3", "a JWE, not a JWS")
-	case n != 2:
-		return violation("JWT-19", "%d parts, want three", n+1)
 	}
-	rawHeader, rest, _ := strings.Cut(token, ".")
-	rawClaims, rawSignature, _ := strings.Cut(rest, ".")
-	header, err := part("header", rawHeader)
-	if err != nil {
-		return err
-	}
-	claims, err := part("claims", rawClaims)
-	if err != nil {
-		return err
-	}
-	signature, err := part("signature", rawSignature)
+	header, claims, signature, err := compact("JWT-19", token)
 	if err != nil {
 		return err
 	}
@@ -68,13 +56,28 @@ func JWT(token string, want JWTWant) error {
 // strict refuses trailing bits, so that a token has one spelling.
 var strict = base64.RawURLEncoding.Strict()
 
-func part(name, raw string) ([]byte, error) {
+// compact takes the compact serialization of a JWS apart.
+func compact(rule, token string) (header, claims, signature []byte, err error) {
+	raw := strings.Split(token, ".")
+	if len(raw) != 3 {
+		return nil, nil, nil, violation(rule, "%d parts, want three", len(raw))
+	}
+	var parts [3][]byte
+	for i, name := range []string{"header", "claims", "signature"} {
+		if parts[i], err = part(rule, "the "+name, raw[i]); err != nil {
+			return nil, nil, nil, err
+		}
+	}
+	return parts[0], parts[1], parts[2], nil
+}
+
+func part(rule, name, raw string) ([]byte, error) {
 	if strings.ContainsAny(raw, "\r\n") { // which the decoder would skip
-		return nil, violation("JWT-19", "the %s has a line break", name)
+		return nil, violation(rule, "%s has a line break", name)
 	}
 	data, err := strict.DecodeString(raw)
 	if err != nil {
-		return nil, violation("JWT-19", "the %s is not base64url: %v", name, err)
+		return nil, violation(rule, "%s is not base64url: %v", name, err)
 	}
 	return data, nil
 }

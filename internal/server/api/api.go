@@ -79,7 +79,7 @@ type API struct {
 	attestLimit *limiter
 	// Workloads can make their agent ask for any number of JWT-SVIDs. That must
 	// keep it neither from its other SVIDs nor from its own.
-	x509Limit, jwtLimit, renewLimit *limiter
+	x509Limit, jwtLimit, witLimit, renewLimit *limiter
 
 	refusals    *refusalLog
 	launchLevel slog.Level
@@ -100,6 +100,7 @@ func New(cfg Config) *API {
 		attestLimit: newLimiter(cfg.AttestRate, 1),
 		x509Limit:   newLimiter(cfg.SignRate, maxCSRs),
 		jwtLimit:    newLimiter(cfg.SignRate, maxCSRs),
+		witLimit:    newLimiter(cfg.SignRate, maxCSRs),
 		renewLimit:  newLimiter(cfg.SignRate, maxCSRs),
 		refusals:    newRefusalLog(cfg.Log),
 		launchLevel: cfg.LogLevel.Level(),

@@ -66,6 +66,9 @@ func (s *bundleService) GetBundle(_ context.Context, req *bundlev1.GetBundleRequ
 	if req.OutputMask.JwtAuthorities {
 		masked.JwtAuthorities = p.JwtAuthorities
 	}
+	if req.OutputMask.WitAuthorities {
+		masked.WitAuthorities = p.WitAuthorities
+	}
 	if req.OutputMask.RefreshHint {
 		masked.RefreshHint = p.RefreshHint
 	}

@@ -335,6 +335,13 @@ func jwtToProto(svid *registry.JWTSVID, hint string) *types.JWTSVID {
 	}
 }
 
+func witToProto(svid *registry.WITSVID, hint string) *types.WITSVID {
+	return &types.WITSVID{
+		Token: svid.Token, Id: idToProto(svid.ID), Hint: hint,
+		ExpiresAt: svid.ExpiresAt.Unix(), IssuedAt: svid.IssuedAt.Unix(),
+	}
+}
+
 func bundleToProto(b *registry.Bundle) (*types.Bundle, error) {
 	p := &types.Bundle{
 		TrustDomain:    b.TrustDomain.Name(),
@@ -350,6 +357,13 @@ func bundleToProto(b *registry.Bundle) (*types.Bundle, error) {
 			return nil, fmt.Errorf("JWT authority %q: %w", authority.KeyID, err)
 		}
 		p.JwtAuthorities = append(p.JwtAuthorities, &types.JWTKey{PublicKey: der, KeyId: authority.KeyID, ExpiresAt: authority.ExpiresAt.Unix(), Tainted: authority.Tainted})
+	}
+	for _, authority := range b.WITAuthorities {
+		der, err := x509.MarshalPKIXPublicKey(authority.PublicKey)
+		if err != nil {
+			return nil, fmt.Errorf("WIT authority %q: %w", authority.KeyID, err)
+		}
+		p.WitAuthorities = append(p.WitAuthorities, &types.WITKey{PublicKey: der, KeyId: authority.KeyID, ExpiresAt: authority.ExpiresAt.Unix(), Tainted: authority.Tainted})
 	}
 	return p, nil
 }
