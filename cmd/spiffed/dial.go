@@ -40,6 +40,8 @@ func (e *endpoint) dial(ctx context.Context, _ string) (net.Conn, error) {
 	conn, err := d.DialContext(ctx, e.network, e.address)
 	if err != nil {
 		e.dialErr.Store(&err) // gRPC keeps but its text
+	} else {
+		e.dialErr.Store(nil) // over: what fails from now on fails for another reason
 	}
 	return conn, err
 }

@@ -32,15 +32,25 @@ import (
 )
 
 func newFetchCommand(c *cli) *cobra.Command {
-	return noun(&cobra.Command{
+	cmd := noun(&cobra.Command{
 		Use:   "fetch",
 		Short: "Fetch the identities of this process",
 		Long: `Asks the agent, over the Workload API, for what the calling process may have. The
-process is this command: run it as the user whose identities are wanted.`,
-		Example: `  spiffed fetch x509
+process is this command: run it as the user whose identities are wanted.
+
+Without a command it does what "fetch x509" does, and takes its options.`,
+		Example: `  spiffed fetch
   sudo -u www-data spiffed fetch x509 --write /run/web
   spiffed fetch jwt --audience api`,
 	}, newFetchX509Command(c), newFetchJWTCommand(c), newFetchBundleCommand(c))
+	alone, fetch := cmd.RunE, c.fetchX509Flags(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return alone(cmd, args)
+		}
+		return fetch(cmd, args)
+	}
+	return cmd
 }
 
 // workload is a connection to the Workload API, for one command.
@@ -61,19 +71,30 @@ func (c *cli) withWorkload(ctx context.Context, timeout duration, f func(ctx con
 	if timeout == 0 {
 		return usagef("--timeout 0: nothing can be fetched in no time")
 	}
-	at, err := c.workloadEndpoint()
+	ctx, cancel := context.WithTimeout(ctx, time.Duration(timeout))
+	defer cancel()
+	w, err := c.connectWorkload(ctx)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, time.Duration(timeout))
-	defer cancel()
-	client, err := workloadapi.New(ctx, workloadapi.WithAddr(c.workloadSocket), workloadapi.WithDialOptions(
-		grpc.WithContextDialer(at.dial), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxReply))))
+	defer w.client.Close()
+	return f(ctx, w)
+}
+
+// connectWorkload makes a client of the Workload API, which connects when it is
+// used. The caller closes it.
+func (c *cli) connectWorkload(ctx context.Context, options ...workloadapi.ClientOption) (*workload, error) {
+	at, err := c.workloadEndpoint()
 	if err != nil {
-		return fmt.Errorf("connecting to %s: %w", at.address, err)
+		return nil, err
 	}
-	defer client.Close()
-	return f(ctx, &workload{c, at, client})
+	options = append(options, workloadapi.WithAddr(c.workloadSocket), workloadapi.WithDialOptions(
+		grpc.WithContextDialer(at.dial), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxReply))))
+	client, err := workloadapi.New(ctx, options...)
+	if err != nil {
+		return nil, fmt.Errorf("connecting to %s: %w", at.address, err)
+	}
+	return &workload{c, at, client}, nil
 }
 
 // explain says what an error of the Workload API means for who called.
@@ -101,7 +122,6 @@ type svidJSON struct {
 }
 
 func newFetchX509Command(c *cli) *cobra.Command {
-	var dir, id string
 	cmd := &cobra.Command{
 		Use:   "x509 [flags]",
 		Short: "Fetch X.509-SVIDs",
@@ -118,10 +138,17 @@ whole or not at all. Nothing renews them: SVIDs are short-lived.`,
 		Args:              noArgs,
 		ValidArgsFunction: noFiles,
 	}
+	cmd.RunE = c.fetchX509Flags(cmd)
+	return cmd
+}
+
+// fetchX509Flags gives cmd the flags of "fetch x509", and returns what it does.
+func (c *cli) fetchX509Flags(cmd *cobra.Command) func(*cobra.Command, []string) error {
+	var dir, id string
 	timeout := timeoutFlag(cmd)
 	cmd.Flags().StringVar(&dir, "write", "", "write svid.pem, key.pem and bundle.pem to the folder `DIR`")
 	cmd.Flags().StringVar(&id, "spiffe-id", "", "only this identity: a SPIFFE `ID`, or a path")
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+	return func(cmd *cobra.Command, _ []string) error {
 		if id != "" {
 			if err := checkID("--spiffe-id", id); err != nil {
 				return err
@@ -129,7 +156,6 @@ whole or not at all. Nothing renews them: SVIDs are short-lived.`,
 		}
 		return c.withWorkload(cmd.Context(), *timeout, func(ctx context.Context, w *workload) error { return w.fetchX509(ctx, id, dir) })
 	}
-	return cmd
 }
 
 func (w *workload) fetchX509(ctx context.Context, id, dir string) error {

@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"io"
 	"os"
 	"os/signal"
@@ -54,9 +55,15 @@ func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 	root.SetErr(stderr)
 	c.stdin, c.stdout, c.stderr = stdin, stdout, stderr
 	cmd, err := root.ExecuteContextC(ctx)
+	var ended exitError
 	switch {
 	case err == nil:
 		return exitDone
+	case errors.As(err, &ended):
+		if ended.cause != nil {
+			report(stderr, ended.cause)
+		}
+		return ended.code
 	case !c.running || isUsage(err):
 		report(stderr, withHint(err, "see %s --help", cmd.CommandPath()))
 		return exitUsage

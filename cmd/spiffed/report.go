@@ -19,6 +19,17 @@ func isUsage(err error) bool {
 	return errors.As(err, &usage)
 }
 
+// exitError ends the program with an exit code that is not among those of every
+// command. Without a cause nothing is reported: a program that was run has said
+// all there is to say.
+type exitError struct {
+	code  int
+	cause error
+}
+
+func (e exitError) Error() string { return fmt.Sprintf("exit code %d: %v", e.code, e.cause) }
+func (e exitError) Unwrap() error { return e.cause }
+
 // hinted is an error and what to do about it.
 type hinted struct {
 	error
