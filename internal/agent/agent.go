@@ -71,6 +71,7 @@ type Config struct {
 
 	SyncInterval   time.Duration // between polls of a server that does not push; default 5 s
 	KeyType        string        // of the workloads' keys: ec-p256 (default), ec-p384, rsa-2048, rsa-4096
+	WIT            bool          // get WIT-SVIDs for workloads that ask for one: WITSVIDs
 	WorkloadSocket string        // shown by GetStatus, nothing else
 	Version        string        // told to the server
 	Log            *slog.Logger  // nil: no log
@@ -96,6 +97,7 @@ type Agent struct {
 	clockSet  signal        // the clock was set, or the host woke up
 	save      func(*identity) error
 	jwts      *jwtCache
+	wits      *wits
 	health    health
 
 	// Owned by steer; no lock.
@@ -177,6 +179,7 @@ func New(cfg Config) (*Agent, error) {
 		ready:      make(chan struct{}),
 		kick:       make(chan struct{}, 1),
 		jwts:       newJWTCache(maxJWTs),
+		wits:       newWITs(),
 		known:      map[string]*knownEntry{},
 		federated:  map[spiffeid.TrustDomain]*fetchedBundle{},
 		held:       map[string]*held{},
@@ -299,6 +302,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { a.watchClock(ctx); return nil })
 	g.Go(func() error { a.watchHealth(ctx); return nil })
 	g.Go(func() error { a.keep(ctx); return nil })
+	g.Go(func() error { a.signWITs(ctx); return nil })
 	err := g.Wait()
 	a.keepLast()
 	return err
@@ -479,6 +483,7 @@ func (a *Agent) revoke(why string) {
 	clear(a.retries)
 	clear(a.federated)
 	a.jwts.clear()
+	a.wits.clear()
 	a.nextSync = time.Time{}
 	if first {
 		a.log.Error("revoked", "type", "audit", "agent_id", a.AgentID(), "reason", why)

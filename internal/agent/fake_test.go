@@ -161,6 +161,7 @@ type fakeServer struct {
 	svidv1.UnimplementedSVIDServer
 
 	push *fakePush // nil: it does not push
+	wit  *fakeWIT  // nil: it does not sign WIT-SVIDs
 
 	t    testing.TB
 	ca   *testCA

@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"crypto"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -115,7 +117,40 @@ func bundleFromProto(b *types.Bundle, td spiffeid.TrustDomain, skip func(what st
 		}
 		out.JWTAuthorities = append(out.JWTAuthorities, jwt)
 	}
+	for i, a := range b.WitAuthorities {
+		key, err := x509.ParsePKIXPublicKey(a.GetPublicKey())
+		if err == nil {
+			err = checkWITAuthority(out, a.GetKeyId(), key)
+		}
+		if err != nil {
+			skip(fmt.Sprintf("WIT authority %d", i), err)
+			continue
+		}
+		wit := registry.JWTAuthority{KeyID: a.KeyId, PublicKey: key, Tainted: a.Tainted}
+		if a.ExpiresAt != 0 {
+			wit.ExpiresAt = time.Unix(a.ExpiresAt, 0).UTC()
+		}
+		out.WITAuthorities = append(out.WITAuthorities, wit)
+	}
 	return out, nil
+}
+
+// checkWITAuthority holds a key against those that are in a bundle already: key IDs
+// are unique in all of it (WIT-SVID §6.1), and a key that signs JWT-SVIDs is for
+// nothing else (§6.2).
+func checkWITAuthority(b *registry.Bundle, keyID string, key crypto.PublicKey) error {
+	for _, a := range slices.Concat(b.JWTAuthorities, b.WITAuthorities) {
+		if a.KeyID == keyID {
+			return fmt.Errorf("its key ID %q is given twice", keyID)
+		}
+		if k, ok := a.PublicKey.(interface{ Equal(crypto.PublicKey) bool }); ok && k.Equal(key) {
+			return fmt.Errorf("its key is that of %q as well", a.KeyID)
+		}
+	}
+	if keyID == "" {
+		return errors.New("its key ID is empty")
+	}
+	return nil
 }
 
 const maxRefreshHint = 365 * 24 * 60 * 60 // seconds
