@@ -18,10 +18,11 @@ type Process struct {
 }
 
 // Attest asks all attestors what they know of a process, as far as wants asks for
-// it, and confirms that it is still the process that peer pins, running the
-// program that it ran at first. It fails if one of them does: its selectors might
-// decide which identity comes first. It takes as long as they do; a panic of one
-// becomes an error.
+// it, once that has proven that its connection is its own (peercred.Peer.Proven).
+// Then it confirms that it is still the process that peer pins, running the program
+// that it ran at first: whatever an attestor read in between was about that. It
+// fails if one of them does: its selectors might decide which identity comes first.
+// It takes as long as they do; a panic of one becomes an error.
 func Attest(ctx context.Context, attestors []Workload, peer *peercred.Peer, wants func(kind string) bool) (p *Process, err error) {
 	name := ""
 	defer func() {
@@ -29,6 +30,9 @@ func Attest(ctx context.Context, attestors []Workload, peer *peercred.Peer, want
 			p, err = nil, fmt.Errorf("%s: panic: %v", name, r)
 		}
 	}()
+	if err := peer.Proven(ctx); err != nil {
+		return nil, err
+	}
 	p = &Process{Peer: peer, unasked: map[string]bool{}}
 	var mu sync.Mutex // guards unasked, should an attestor ask from several goroutines
 	asked := func(kind string) bool {
@@ -48,7 +52,7 @@ func Attest(ctx context.Context, attestors []Workload, peer *peercred.Peer, want
 		}
 		p.Selectors = append(p.Selectors, selectors...)
 	}
-	if err := peer.Alive(); err != nil {
+	if err := peer.Confirm(); err != nil {
 		return nil, err
 	}
 	p.Selectors = registry.SortSelectors(p.Selectors)

@@ -77,7 +77,7 @@ func (p *Peer) checkOwner() error {
 		return fmt.Errorf("confirming process %d: %w", p.PID, err)
 	}
 	if s.UID != p.UID || s.GID != p.GID {
-		return fmt.Errorf("process %d runs as uid %d, gid %d and is not the one that connected as uid %d, gid %d", p.PID, s.UID, s.GID, p.UID, p.GID)
+		return fmt.Errorf("process %d runs as uid %d, gid %d and is not the one that connected as uid %d, gid %d: %w", p.PID, s.UID, s.GID, p.UID, p.GID, ErrChanged)
 	}
 	return nil
 }

@@ -13,8 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrEnded says that the process behind a connection has ended.
-var ErrEnded = errors.New("the calling process has ended")
+var (
+	// ErrEnded says that the process behind a connection has ended.
+	ErrEnded = errors.New("the calling process has ended")
+	// ErrChanged says that the process is another user, or runs another program,
+	// than when it connected. If it connects again it is judged anew.
+	ErrChanged = errors.New("the calling process is not what it was when it connected")
+)
 
 // Peer is the process that connected a unix socket. Its identity is that at the
 // time of the connect, whoever may hold the socket by now.
@@ -24,8 +29,19 @@ type Peer struct {
 
 	pidfd *os.File // in the runtime's poller: readable when the process has ended
 
+	atFirst    program // what it ran when it was pinned
+	atFirstErr error
+
 	watch sync.Once
 	done  chan struct{}
+
+	// Of a connection, set before anyone else knows the Peer.
+	proven chan struct{}   // closed when the process has answered on it; nil: nothing to prove
+	hangUp func(why error) // nil: no connection is ours to close
+
+	refuseOnce sync.Once
+	refused    chan struct{} // closed when refusal is set
+	refusal    error
 }
 
 // FromConn returns the process at the other end of c. It refuses a process that
@@ -35,7 +51,8 @@ type Peer struct {
 // Kernels from 6.5 hand out the pidfd of the process that connected. On older
 // ones it is opened by pid and the process confirmed by its credentials; there,
 // a process that ended before the accept, and whose pid went to another process
-// of the same user and group at once, cannot be told from it.
+// of the same user and group at once, cannot be told from it, until that one is
+// asked to answer on the connection (Proven).
 func FromConn(c *net.UnixConn) (*Peer, error) {
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -104,7 +121,9 @@ func newPeer(cred *unix.Ucred, fd int, fdErr error) (*Peer, error) {
 	case fdErr != nil:
 		return nil, fmt.Errorf("opening a pidfd for process %d: %w", cred.Pid, fdErr)
 	}
-	p := &Peer{PID: cred.Pid, UID: cred.Uid, GID: cred.Gid, pidfd: file, done: make(chan struct{})}
+	p := &Peer{PID: cred.Pid, UID: cred.Uid, GID: cred.Gid, pidfd: file, done: make(chan struct{}), refused: make(chan struct{})}
+	// Not seeing its program matters to those alone who ask for it (Confirm).
+	p.atFirst, p.atFirstErr = p.program()
 	if err := p.confirm(byPID); err != nil {
 		p.Close()
 		return nil, err
@@ -139,6 +158,56 @@ func (p *Peer) Alive() error {
 		return fmt.Errorf("process %d: %w", p.PID, ErrEnded)
 	}
 	return nil
+}
+
+// Confirm returns an error unless the process is what it was when it was pinned:
+// alive (else ErrEnded), the same user and group, and at the same run of the same
+// program (else ErrChanged). What was read from /proc about it before a call that
+// returns nil was about that. The connection of a process that has ended or changed
+// is closed: who has it by now is another, or has to be judged anew.
+func (p *Peer) Confirm() error {
+	select {
+	case <-p.refused:
+		return p.refusal
+	default:
+	}
+	err := p.confirmUnchanged()
+	if aliveErr := p.Alive(); aliveErr != nil {
+		err = aliveErr // and what was read was nobody's, or another's
+	}
+	if errors.Is(err, ErrEnded) || errors.Is(err, ErrChanged) {
+		return p.refuse(err)
+	}
+	return err
+}
+
+func (p *Peer) confirmUnchanged() error {
+	if p.atFirstErr != nil {
+		return fmt.Errorf("finding out what process %d ran when it connected: %w", p.PID, p.atFirstErr)
+	}
+	if err := p.checkOwner(); err != nil {
+		return err
+	}
+	now, err := p.program()
+	if err != nil {
+		return fmt.Errorf("finding out what process %d runs: %w", p.PID, err)
+	}
+	if now != p.atFirst {
+		return fmt.Errorf("process %d runs another program than when it connected: %w", p.PID, ErrChanged)
+	}
+	return nil
+}
+
+// refuse gives the connection up, if there is one, and returns why.
+func (p *Peer) refuse(why error) error {
+	p.refuseOnce.Do(func() {
+		p.refusal = why
+		close(p.refused)
+		if p.hangUp != nil {
+			p.hangUp(why)
+		}
+	})
+	return p.refusal
 }
 
 func (p *Peer) ended() (ended bool, err error) {

@@ -68,9 +68,15 @@ func listen(cfg Config) (*net.UnixListener, error) {
 	// The mode of the socket before bind is that of the file which bind makes,
 	// less the umask. So the file is never open to anyone but the owner until
 	// its group is set, and the process-wide umask need not be touched.
+	//
+	// What is accepted has SO_PASSCRED from the listener, so that the writer is
+	// known of what was sent before the accept as well (internal/peercred).
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		var err error
-		return errors.Join(c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }), err)
+		var modeErr, credErr error
+		return errors.Join(c.Control(func(fd uintptr) {
+			modeErr = unix.Fchmod(int(fd), 0o600)
+			credErr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PASSCRED, 1)
+		}), modeErr, credErr)
 	}}
 	l, err := lc.Listen(context.Background(), "unix", path)
 	if err != nil {

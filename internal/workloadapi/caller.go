@@ -2,6 +2,7 @@ package workloadapi
 
 import (
 	"context"
+	"errors"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -15,6 +16,11 @@ func (s *Server) attest(ctx context.Context) (*attest.Process, error) {
 	p, ok := peercred.FromContext(ctx)
 	if !ok {
 		return nil, status.Error(codes.Internal, "the caller is not known")
+	}
+	// Before its turn, so that only who has answered takes one.
+	if err := waitProof(ctx, p); err != nil {
+		s.refused("attestation did not succeed", p, err)
+		return nil, status.Error(codes.Unavailable, err.Error())
 	}
 	if err := s.waitTurn(ctx, p); err != nil {
 		err := status.Error(codes.Unavailable, "too many processes of this user are being attested")
@@ -46,6 +52,19 @@ func (s *Server) attest(ctx context.Context) (*attest.Process, error) {
 		return nil, status.Errorf(codes.Unavailable, "the calling process %d could not be attested: %v", p.PID, o.err)
 	}
 	return o.c, nil
+}
+
+// closed logs that a connection was given up, since it may be an attack.
+func (s *Server) closed(p *peercred.Peer, why error) {
+	if !errors.Is(why, peercred.ErrEnded) {
+		s.refused("closed a connection", p, why)
+	}
+}
+
+func waitProof(ctx context.Context, p *peercred.Peer) error {
+	ctx, cancel := context.WithTimeout(ctx, attestTimeout)
+	defer cancel()
+	return p.Proven(ctx)
 }
 
 func (s *Server) waitTurn(ctx context.Context, p *peercred.Peer) error {

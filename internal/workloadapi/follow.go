@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/spiffed/spiffed/internal/attest"
+	"github.com/spiffed/spiffed/internal/peercred"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -23,7 +24,8 @@ var (
 // follow sends the caller what build makes of his identities: at once, and
 // again in full whenever that has changed (Workload API §4.3). It ends the
 // stream with PermissionDenied when there are no identities (any more), which is
-// the only way to take them back (§5.2.1).
+// the only way to take them back (§5.2.1). Who the caller is, is looked at again
+// before each message.
 func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update) (proto.Message, error)) error {
 	ctx := stream.Context()
 	c, err := e.attest(ctx)
@@ -59,10 +61,15 @@ func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update)
 			if err != nil {
 				return err
 			}
-			last = update
 			if sent == nil || !proto.Equal(sent, msg) {
-				if err := c.Alive(); err != nil {
-					return status.Error(codes.Unavailable, err.Error())
+				entitled, err := e.stillEntitled(ctx, c, sent != nil)
+				if err != nil {
+					return err
+				}
+				moved := !slices.Equal(entitled.Selectors, c.Selectors)
+				c = entitled
+				if moved {
+					continue // what it may have now is another question
 				}
 				if err := stream.SendMsg(msg); err != nil {
 					return err
@@ -70,17 +77,32 @@ func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update)
 				sent = msg
 				patience.Stop()
 			}
+			last = update
 		}
 		select {
 		case <-changed:
 		case <-patience.C:
 			return errNotReady
 		case <-ended:
-			return status.Error(codes.Unavailable, "the calling process has ended")
+			c.Confirm() // closes the connection, whoever has it by now
+			return status.Error(codes.Unavailable, peercred.ErrEnded.Error())
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
 		}
 	}
+}
+
+// stillEntitled looks again at who is about to be told something. Before a first
+// message it is enough that the process is what was attested just now. Later it may
+// be in other groups, or another unit, so it is attested again.
+func (e *endpoint) stillEntitled(ctx context.Context, c *attest.Process, later bool) (*attest.Process, error) {
+	if later {
+		return e.attest(ctx)
+	}
+	if err := c.Confirm(); err != nil {
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	return c, nil
 }
 
 // current is what follow shows first, for the RPCs that are not streams.

@@ -13,14 +13,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
 
-	"github.com/spiffed/spiffed/internal/jwks"
+	"github.com/spiffed/spiffed/internal/outlet"
 	"github.com/spiffed/spiffed/internal/registry"
-)
-
-// Limits of an audience, so that the token it becomes part of stays small.
-const (
-	maxAudiences    = 64
-	maxAudienceSize = 4096 // bytes, of all together
 )
 
 // FetchJWTSVID implements Workload API §6.2.1.
@@ -29,15 +23,8 @@ func (e *endpoint) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDRequ
 	if err != nil {
 		return nil, err
 	}
-	size := 0
-	for _, a := range req.Audience {
-		size += len(a)
-	}
-	switch {
-	case len(req.Audience) == 0 || slices.Contains(req.Audience, ""): // §4.5
-		return nil, status.Error(codes.InvalidArgument, "audience must be specified, and not be empty")
-	case len(req.Audience) > maxAudiences || size > maxAudienceSize:
-		return nil, status.Errorf(codes.InvalidArgument, "the audience has %d values of %d bytes, at most %d of %d bytes are allowed", len(req.Audience), size, maxAudiences, maxAudienceSize)
+	if err := outlet.CheckAudience(req.Audience); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	var id spiffeid.ID
 	if req.SpiffeId != "" {
@@ -52,22 +39,16 @@ func (e *endpoint) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDRequ
 		return nil, e.sourceError(signing, err)
 	}
 	m := &workloadpb.JWTSVIDResponse{}
-	hints := map[string]bool{}
-	for _, svid := range svids {
-		if svid.Hint != "" && hints[svid.Hint] { // §6.2.1: unique
-			e.log.Error("left out a JWT-SVID: its hint is taken", "spiffe_id", svid.ID)
-			continue
-		}
-		hints[svid.Hint] = true
+	for _, svid := range outlet.JWTSVIDs(svids, e.log) {
 		m.Svids = append(m.Svids, &workloadpb.JWTSVID{SpiffeId: svid.ID.String(), Svid: svid.Token, Hint: svid.Hint})
 	}
 	if len(m.Svids) == 0 {
 		return nil, errNoIdentity
 	}
-	if err := e.fit(m, nil, spiffeid.TrustDomain{}); err != nil {
+	if err := fit[[]byte](e, m, nil, ""); err != nil {
 		return nil, err
 	}
-	if err := c.Alive(); err != nil {
+	if err := c.Confirm(); err != nil {
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
 	return m, nil
@@ -76,21 +57,11 @@ func (e *endpoint) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDRequ
 // FetchJWTBundles implements Workload API §6.2.2.
 func (e *endpoint) FetchJWTBundles(_ *workloadpb.JWTBundlesRequest, stream grpc.ServerStreamingServer[workloadpb.JWTBundlesResponse]) error {
 	return e.follow(stream, func(u *registry.Update) (proto.Message, error) {
-		m := &workloadpb.JWTBundlesResponse{Bundles: map[string][]byte{}}
-		for _, b := range append(slices.Clone(u.Federated), u.Bundle) {
-			jwks, n, err := jwks.Marshal(b.JWTAuthorities, "")
-			if err != nil {
-				e.log.Error("left out a JWT bundle", "trust_domain_id", b.TrustDomain, "err", err)
-				continue
-			}
-			if n > 0 || b == u.Bundle {
-				m.Bundles[b.TrustDomain.IDString()] = jwks
-			}
-		}
+		m := &workloadpb.JWTBundlesResponse{Bundles: outlet.JWTBundles(u, e.log)}
 		if m.Bundles[u.Bundle.TrustDomain.IDString()] == nil {
 			return nil, errNotReady
 		}
-		return m, e.fit(m, m.Bundles, u.Bundle.TrustDomain)
+		return m, fit(e, m, m.Bundles, u.Bundle.TrustDomain.IDString())
 	})
 }
 
@@ -120,7 +91,7 @@ func (e *endpoint) ValidateJWTSVID(ctx context.Context, req *workloadpb.Validate
 	if err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "the token is not valid: claims: %v", err)
 	}
-	if err := c.Alive(); err != nil {
+	if err := c.Confirm(); err != nil {
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
 	return &workloadpb.ValidateJWTSVIDResponse{SpiffeId: id.String(), Claims: fields}, nil
