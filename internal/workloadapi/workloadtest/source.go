@@ -1,4 +1,4 @@
-// Package workloadtest is a registry.Source for tests of outlets: what it
+// Package workloadtest is a registry.Source (and WITSource) for tests of outlets: what it
 // offers can be changed at will, and it fails the test of an outlet that misuses
 // it. Its keys are real, and its certificates and tokens verify.
 package workloadtest
@@ -37,6 +37,7 @@ type Source struct {
 	jwtErr    error
 	entries   map[string]*registry.Entry
 	svids     map[string]*registry.X509SVID // by entry
+	wits      map[string]*registry.WITSVID  // by entry
 	held      map[string]bool               // entries whose SVID is being signed
 	matcher   *registry.Matcher
 	wanted    map[string]bool // kinds of selectors, ever
@@ -54,6 +55,7 @@ func NewSource(t testing.TB, td spiffeid.TrustDomain) *Source {
 		changed:   make(chan struct{}),
 		entries:   map[string]*registry.Entry{},
 		svids:     map[string]*registry.X509SVID{},
+		wits:      map[string]*registry.WITSVID{},
 		held:      map[string]bool{},
 		wanted:    map[string]bool{},
 		authority: NewAuthority(t, td),
@@ -103,12 +105,18 @@ func (s *Source) Delete(ids ...string) {
 		for _, id := range ids {
 			delete(s.entries, id)
 			delete(s.svids, id)
+			delete(s.wits, id)
 		}
 	})
 }
 
-// Rotate replaces the SVID of an entry.
-func (s *Source) Rotate(id string) { s.change(func() { delete(s.svids, id) }) }
+// Rotate replaces the SVIDs of an entry.
+func (s *Source) Rotate(id string) {
+	s.change(func() {
+		delete(s.svids, id)
+		delete(s.wits, id)
+	})
+}
 
 // Nudge says that something may have changed when nothing has.
 func (s *Source) Nudge() {
@@ -125,9 +133,11 @@ func (s *Source) RotateRoot() {
 		next := s.authority.Bundle()
 		next.X509Authorities = append(slices.Clone(s.bundle.X509Authorities), next.X509Authorities...)
 		next.JWTAuthorities = append(slices.Clone(s.bundle.JWTAuthorities), next.JWTAuthorities...)
+		next.WITAuthorities = append(slices.Clone(s.bundle.WITAuthorities), next.WITAuthorities...)
 		next.Sequence = s.bundle.Sequence + 1
 		s.bundle = next
 		clear(s.svids)
+		clear(s.wits)
 	})
 }
 
@@ -247,7 +257,36 @@ func (s *Source) JWTSVIDs(ctx context.Context, selectors []registry.Selector, au
 	return out, nil
 }
 
-// Authority is a root, an intermediate below it, and a key for JWT-SVIDs.
+// WITSVIDs implements registry.WITSource.
+func (s *Source) WITSVIDs(selectors []registry.Selector, id spiffeid.ID) ([]*registry.WITSVID, <-chan struct{}, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.check(selectors)
+	if s.notReady {
+		return nil, nil, fmt.Errorf("test: %w", registry.ErrNotReady)
+	}
+	var out []*registry.WITSVID
+	held := false
+	for _, e := range s.matcher.Match(selectors) {
+		switch {
+		case !id.IsZero() && e.SPIFFEID != id:
+			continue
+		case s.held[e.ID]:
+			held = true
+			continue
+		case s.wits[e.ID] == nil:
+			s.wits[e.ID] = s.authority.WITSVID(e.SPIFFEID, e.Hint)
+		}
+		out = append(out, s.wits[e.ID])
+	}
+	if held && len(out) == 0 {
+		return nil, s.changed, fmt.Errorf("test: %w", registry.ErrNotReady)
+	}
+	return out, s.changed, nil
+}
+
+// Authority is a root, an intermediate below it, and keys for JWT-SVIDs and for
+// WIT-SVIDs.
 type Authority struct {
 	t      testing.TB
 	td     spiffeid.TrustDomain
@@ -256,11 +295,14 @@ type Authority struct {
 	key    crypto.Signer // of issuer
 	JWTKey *ecdsa.PrivateKey
 	KeyID  string // of JWTKey
+
+	WITKey   *ecdsa.PrivateKey
+	WITKeyID string
 }
 
 // NewAuthority makes the keys and certificates of a trust domain.
 func NewAuthority(t testing.TB, td spiffeid.TrustDomain) *Authority {
-	a := &Authority{t: t, td: td, JWTKey: a256(t), KeyID: "key-" + rand.Text()}
+	a := &Authority{t: t, td: td, JWTKey: a256(t), KeyID: "key-" + rand.Text(), WITKey: a256(t), WITKeyID: "wit-" + rand.Text()}
 	rootKey := a256(t)
 	ca := &x509.Certificate{
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
@@ -288,7 +330,9 @@ func (a *Authority) sign(template, parent *x509.Certificate, pub crypto.PublicKe
 		a.t.Fatal(err)
 	}
 	c.NotBefore = time.Now().Add(-time.Minute)
-	c.NotAfter = time.Now().Add(time.Hour)
+	if c.NotAfter.IsZero() {
+		c.NotAfter = time.Now().Add(time.Hour)
+	}
 	der, err := x509.CreateCertificate(rand.Reader, &c, parent, pub, key)
 	if err != nil {
 		a.t.Fatal(err)
@@ -306,14 +350,21 @@ func (a *Authority) Bundle() *registry.Bundle {
 		TrustDomain:     a.td,
 		X509Authorities: []registry.X509Authority{{Certificate: a.root}},
 		JWTAuthorities:  []registry.JWTAuthority{{KeyID: a.KeyID, PublicKey: a.JWTKey.Public(), ExpiresAt: time.Now().Add(time.Hour)}},
+		WITAuthorities:  []registry.JWTAuthority{{KeyID: a.WITKeyID, PublicKey: a.WITKey.Public(), ExpiresAt: time.Now().Add(time.Hour)}},
 		Sequence:        1,
 	}
 }
 
-// X509SVID issues one.
+// X509SVID issues one that is good for an hour.
 func (a *Authority) X509SVID(id spiffeid.ID) *registry.X509SVID {
+	return a.X509SVIDUntil(id, time.Now().Add(time.Hour))
+}
+
+// X509SVIDUntil issues one.
+func (a *Authority) X509SVIDUntil(id spiffeid.ID, end time.Time) *registry.X509SVID {
 	key := a256(a.t)
 	leaf := a.sign(&x509.Certificate{
+		NotAfter: end,
 		KeyUsage: x509.KeyUsageDigitalSignature, BasicConstraintsValid: true,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		URIs:        []*url.URL{id.URL()},
@@ -332,6 +383,17 @@ func (a *Authority) JWTSVID(id spiffeid.ID, audience []string, hint string) *reg
 		}),
 		IssuedAt: now, ExpiresAt: end, Hint: hint,
 	}
+}
+
+// WITSVID issues one, bound to a new key.
+func (a *Authority) WITSVID(id spiffeid.ID, hint string) *registry.WITSVID {
+	key := a256(a.t)
+	end := time.Now().Add(time.Hour)
+	token := Sign(a.t, jose.ES256, jose.JSONWebKey{Key: a.WITKey, KeyID: a.WITKeyID}, "wit+jwt", map[string]any{
+		"sub": id.String(), "exp": end.Unix(),
+		"cnf": map[string]any{"jwk": jose.JSONWebKey{Key: key.Public(), Algorithm: string(jose.ES256)}},
+	})
+	return &registry.WITSVID{ID: id, Token: token, PrivateKey: key, Algorithm: string(jose.ES256), ExpiresAt: end, Hint: hint}
 }
 
 // Token signs any claims at all, with that type in the header (or none).
