@@ -69,10 +69,10 @@ func (j *memJournal) SaveAuthorities(ctx context.Context, put []*registry.Author
 		r := j.records[id]
 		if r == nil {
 			j.t.Errorf("deleting authority %s, which does not exist", id)
-		} else if time.Now().Before(r.ExpiresAt) {
+		} else if time.Now().Before(r.ExpiresAt) && r.Kind != registry.KindWIT { // which may be switched off
 			j.t.Errorf("deleting authority %s before it has expired", id)
 		}
-		if _, ok := bundle.FindJWTAuthority(id); ok {
+		if inTokenKeys(bundle, id) {
 			j.t.Errorf("deleting authority %s, which is in the bundle", id)
 		}
 		delete(j.records, id)
@@ -108,14 +108,23 @@ func (j *memJournal) SaveAuthorities(ctx context.Context, put []*registry.Author
 			j.published[id] = now
 		}
 	}
-	for _, a := range bundle.JWTAuthorities {
+	kids := map[string]bool{}
+	for _, a := range slices.Concat(bundle.JWTAuthorities, bundle.WITAuthorities) {
+		if kids[a.KeyID] {
+			j.t.Errorf("WIT-35: key ID %s is in the bundle twice", a.KeyID)
+		}
+		kids[a.KeyID] = true
 		if _, ok := j.published[a.KeyID]; !ok {
 			j.published[a.KeyID] = now
 		}
 	}
 	for _, r := range j.records {
-		if r.Kind == registry.KindJWT && r.State != registry.Old {
-			if _, ok := bundle.FindJWTAuthority(r.ID); !ok {
+		find := bundle.FindJWTAuthority
+		if r.Kind == registry.KindWIT {
+			find = bundle.FindWITAuthority
+		}
+		if r.Kind != registry.KindX509 && r.State != registry.Old {
+			if _, ok := find(r.ID); !ok {
 				j.t.Errorf("authority %s is %s and not in the bundle", r.ID, r.State)
 			}
 		}
@@ -128,12 +137,18 @@ func (j *memJournal) SaveAuthorities(ctx context.Context, put []*registry.Author
 	return nil
 }
 
+func inTokenKeys(b *registry.Bundle, kid string) bool {
+	_, jwt := b.FindJWTAuthority(kid)
+	_, wit := b.FindWITAuthority(kid)
+	return jwt || wit
+}
+
 // checkSignedBy fails the test unless the stored bundle has the key, and has had it for lead.
 func (j *memJournal) checkSignedBy(kid string, lead time.Duration) {
 	j.t.Helper()
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if _, ok := j.bundle.FindJWTAuthority(kid); !ok {
+	if !inTokenKeys(j.bundle, kid) {
 		j.t.Fatalf("FED-3: signed with key %s, which is not in the stored bundle", kid)
 	}
 	if age := time.Since(j.published[kid]); age < lead {

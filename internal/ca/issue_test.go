@@ -38,6 +38,11 @@ func trust(t testing.TB, b *registry.Bundle) *spiffebundle.Bundle {
 			t.Fatal(err)
 		}
 	}
+	for _, a := range b.WITAuthorities {
+		if err := out.AddWITAuthority(a.KeyID, a.PublicKey); err != nil {
+			t.Fatal(err)
+		}
+	}
 	return out
 }
 

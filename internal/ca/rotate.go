@@ -292,6 +292,8 @@ func (c *CA) adopt(records []*registry.Authority, bundle *registry.Bundle, prev 
 		case err != nil:
 		case r.Kind == registry.KindX509:
 			err = c.adoptRoot(s, r, prev)
+		case r.Kind == registry.KindWIT && isJWTKey(bundle, r.ID):
+			err = errors.New("it is a WIT key, and in the bundle among the JWT keys; restore the database from a backup")
 		case r.Kind == registry.KindWIT && (!c.cfg.WIT || strayWIT(r, bundle)): // will be dropped
 		case r.State == registry.Active:
 			key := &s.jwt
@@ -320,4 +322,9 @@ func (c *CA) adopt(records []*registry.Authority, bundle *registry.Bundle, prev 
 		s.signing = prev.signing
 	}
 	return s, nil
+}
+
+func isJWTKey(b *registry.Bundle, id string) bool {
+	_, ok := b.FindJWTAuthority(id)
+	return ok
 }

@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/exp/svid/witsvid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
@@ -213,7 +214,7 @@ func TestJournalFaults(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var logged bytes.Buffer
 				j := newJournal(t)
-				c := openTest(t, Config{Journal: j, Log: slog.New(slog.NewTextHandler(&logged, nil))})
+				c := openTest(t, Config{Journal: j, WIT: true, Log: slog.New(slog.NewTextHandler(&logged, nil))})
 				defer run(t, c)()
 				for range 60 {
 					j.mu.Lock()
@@ -222,6 +223,8 @@ func TestJournalFaults(t *testing.T) {
 					time.Sleep(day)
 					synctest.Wait()
 					_, kid := signJWTIn(t, c, time.Minute)
+					j.checkSignedBy(kid, 0)
+					_, kid = signWITIn(t, c, time.Minute)
 					j.checkSignedBy(kid, 0)
 					j.mu.Lock()
 					j.before, j.after = nil, nil
@@ -375,7 +378,7 @@ func TestSequence(t *testing.T) {
 func TestSigningDuringRotation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		j := newJournal(t)
-		c := openTest(t, Config{Journal: j, SigningTTL: time.Minute, RefreshHint: time.Second, JWTKeyTTL: 12 * time.Second})
+		c := openTest(t, Config{Journal: j, WIT: true, SigningTTL: time.Minute, RefreshHint: time.Second, JWTKeyTTL: 12 * time.Second})
 		defer run(t, c)()
 		var wg sync.WaitGroup
 		for range 8 {
@@ -393,6 +396,14 @@ func TestSigningDuringRotation(t *testing.T) {
 						continue
 					}
 					if _, err := jwtsvid.ParseAndValidate(svid.Token, trust(t, c.Bundle()), []string{"a"}); err != nil {
+						t.Error(err)
+					}
+					wit, err := c.SignWITSVID(t.Context(), WITParams{ID: workload, Key: key.Public(), TTL: time.Minute})
+					if err != nil {
+						t.Error(err)
+						continue
+					}
+					if _, err := witsvid.ParseAndValidate(wit.Token, trust(t, c.Bundle())); err != nil {
 						t.Error(err)
 					}
 					_, _, _ = c.Status(), c.Root(), changed
