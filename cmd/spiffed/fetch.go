@@ -5,9 +5,7 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rsa"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -233,13 +231,9 @@ func noSuchIdentity(asked string, svids []*x509svid.SVID) error {
 // writeSVID writes each file as a whole, the certificate last: whoever sees the
 // new certificate finds its key.
 func writeSVID(dir string, svid *x509svid.SVID, bundles x509bundle.Source) error {
-	bundle, err := bundles.GetX509BundleForTrustDomain(svid.ID.TrustDomain())
+	files, err := filesOf(svid, bundles)
 	if err != nil {
-		return fmt.Errorf("writing %s: %w", svid.ID, err)
-	}
-	key, err := x509.MarshalPKCS8PrivateKey(svid.PrivateKey)
-	if err != nil {
-		return fmt.Errorf("writing the key of %s: %w", svid.ID, err)
+		return err
 	}
 	if err := durable.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("making the folder: %w", err)
@@ -249,9 +243,9 @@ func writeSVID(dir string, svid *x509svid.SVID, bundles x509bundle.Source) error
 		data []byte
 		perm os.FileMode
 	}{
-		{"bundle.pem", certsPEM(bundle.X509Authorities()), 0o644},
-		{"key.pem", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}), 0o600},
-		{"svid.pem", certsPEM(svid.Certificates), 0o644},
+		{"bundle.pem", files.bundle, 0o644},
+		{"key.pem", files.key, 0o600},
+		{"svid.pem", files.svid, 0o644},
 	} {
 		if err := durable.WriteFile(filepath.Join(dir, file.name), file.data, file.perm); err != nil {
 			return fmt.Errorf("writing %s: %w", file.name, err)

@@ -26,6 +26,8 @@ var commands = []func(*cli) *cobra.Command{
 	newEntryCommand,
 	newBundleCommand,
 	newFetchCommand,
+	newWatchCommand,
+	newExecCommand,
 	newJWTCommand,
 	newStatusCommand,
 	newConfigCommand,

@@ -63,6 +63,11 @@ func report(w io.Writer, err error) {
 	for line := range strings.SplitSeq(err.Error(), "\n") {
 		fmt.Fprintf(w, "spiffed: error: %s\n", printable(line))
 	}
+	reportHint(w, err)
+}
+
+// reportHint tells people what to do about err, if there is something.
+func reportHint(w io.Writer, err error) {
 	var h hinted
 	if errors.As(err, &h) {
 		for line := range strings.SplitSeq(h.hint, "\n") {
