@@ -97,6 +97,7 @@ func (l *logBuffer) String() string {
 type rig struct {
 	t      testing.TB
 	store  *faultyStore
+	caCfg  ca.Config
 	ca     *ca.CA
 	cfg    Config
 	server *Server
@@ -108,14 +109,21 @@ type rig struct {
 
 func newRig(t testing.TB, change ...func(*Config)) *rig {
 	t.Helper()
+	return newRigOf(t, func(*ca.Config) {}, change...)
+}
+
+// newRigOf is newRig with another CA than the default one.
+func newRigOf(t testing.TB, changeCA func(*ca.Config), change ...func(*Config)) *rig {
+	t.Helper()
 	engine, err := bolt.Open(filepath.Join(t.TempDir(), "server.db"), bolt.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { engine.Close() })
 	r := &rig{t: t, store: &faultyStore{Store: store.New(engine, td)}, logs: &logBuffer{}, socket: filepath.Join(t.TempDir(), "admin.sock")}
-	r.ca, err = ca.Open(t.Context(), ca.Config{TrustDomain: td, Dir: filepath.Join(t.TempDir(), "keys"), Journal: r.store, Log: slog.New(slog.DiscardHandler)})
-	if err != nil {
+	r.caCfg = ca.Config{TrustDomain: td, Dir: filepath.Join(t.TempDir(), "keys"), Journal: r.store, Log: slog.New(slog.DiscardHandler)}
+	changeCA(&r.caCfg)
+	if r.ca, err = ca.Open(t.Context(), r.caCfg); err != nil {
 		t.Fatal(err)
 	}
 	level := &slog.LevelVar{}
