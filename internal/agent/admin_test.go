@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"net"
 	"path/filepath"
 	"testing"
 
@@ -10,6 +9,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	adminv1 "github.com/spiffed/spiffed/internal/api/spiffed/admin/v1"
+	"github.com/spiffed/spiffed/internal/unixsocket"
 )
 
 func TestAdminSocket(t *testing.T) {
@@ -17,7 +17,7 @@ func TestAdminSocket(t *testing.T) {
 	n := start(t, f, config(t, f))
 	<-n.Ready()
 	path := filepath.Join(t.TempDir(), "admin.sock")
-	l, err := net.Listen("unix", path)
+	l, err := unixsocket.Listen(unixsocket.Config{Path: path, Mode: 0o600})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -69,36 +69,38 @@ type Config struct {
 
 	Clock *clock.Clock // nil: this host's
 
-	SyncInterval   time.Duration // between polls of a server that does not push; default 5 s
-	KeyType        string        // of the workloads' keys: ec-p256 (default), ec-p384, rsa-2048, rsa-4096
-	WIT            bool          // get WIT-SVIDs for workloads that ask for one: WITSVIDs
-	WorkloadSocket string        // shown by GetStatus, nothing else
-	Version        string        // told to the server
-	Log            *slog.Logger  // nil: no log
+	SyncInterval   time.Duration  // between polls of a server that does not push; default 5 s
+	KeyType        string         // of the workloads' keys: ec-p256 (default), ec-p384, rsa-2048, rsa-4096
+	WIT            bool           // get WIT-SVIDs for workloads that ask for one: WITSVIDs
+	WorkloadSocket string         // shown by GetStatus, nothing else
+	Version        string         // told to the server
+	Log            *slog.Logger   // nil: no log
+	LogLevel       *slog.LevelVar // what the Logger API changes; nil: nothing
 }
 
 // Agent is the agent role. Make it with New and start it with Run.
 type Agent struct {
 	adminv1.UnimplementedAgentServer
 
-	cfg       Config
-	anchor    string // names Pin or TrustBundle; remembered with an identity that came by it
-	path      string // of the identity file
-	log       *slog.Logger
-	startedAt time.Time
-	prefetch  int                                              // SVIDs held without being asked for
-	dialer    func(context.Context, string) (net.Conn, error)  // nil: gRPC's own
-	makeKey   func(ctx context.Context) (crypto.Signer, error) // for a workload
-	snap      atomic.Pointer[snapshot]                         // what is served
-	publishMu sync.Mutex                                       // held while snap is replaced
-	ready     chan struct{}                                    // closed after the first complete sync
-	readyOnce sync.Once
-	kick      chan struct{} // asks steer to look at demand or syncNow; capacity 1
-	clockSet  signal        // the clock was set, or the host woke up
-	save      func(*identity) error
-	jwts      *jwtCache
-	wits      *wits
-	health    health
+	cfg         Config
+	anchor      string // names Pin or TrustBundle; remembered with an identity that came by it
+	path        string // of the identity file
+	log         *slog.Logger
+	startedAt   time.Time
+	launchLevel slog.Level
+	prefetch    int                                              // SVIDs held without being asked for
+	dialer      func(context.Context, string) (net.Conn, error)  // nil: gRPC's own
+	makeKey     func(ctx context.Context) (crypto.Signer, error) // for a workload
+	snap        atomic.Pointer[snapshot]                         // what is served
+	publishMu   sync.Mutex                                       // held while snap is replaced
+	ready       chan struct{}                                    // closed after the first complete sync
+	readyOnce   sync.Once
+	kick        chan struct{} // asks steer to look at demand or syncNow; capacity 1
+	clockSet    signal        // the clock was set, or the host woke up
+	save        func(*identity) error
+	jwts        *jwtCache
+	wits        *wits
+	health      health
 
 	// Owned by steer; no lock.
 	preferred  int // index of the server that answered last
@@ -160,6 +162,9 @@ func New(cfg Config) (*Agent, error) {
 	if cfg.Clock == nil {
 		cfg.Clock = clock.New(clock.Config{Floor: clock.BuildTime()})
 	}
+	if cfg.LogLevel == nil {
+		cfg.LogLevel = &slog.LevelVar{}
+	}
 	if cfg.SyncInterval == 0 {
 		cfg.SyncInterval = 5 * time.Second
 	}
@@ -170,30 +175,31 @@ func New(cfg Config) (*Agent, error) {
 		return nil, fmt.Errorf("agent: %w", err)
 	}
 	a := &Agent{
-		cfg:        cfg,
-		anchor:     anchor(cfg),
-		path:       filepath.Join(cfg.DataDir, "identity.json"),
-		log:        cfg.Log,
-		startedAt:  cfg.Clock.Now(),
-		prefetch:   maxPrefetch,
-		ready:      make(chan struct{}),
-		kick:       make(chan struct{}, 1),
-		jwts:       newJWTCache(maxJWTs),
-		wits:       newWITs(),
-		known:      map[string]*knownEntry{},
-		federated:  map[spiffeid.TrustDomain]*fetchedBundle{},
-		held:       map[string]*held{},
-		retries:    map[string]*retry{},
-		batch:      maxBatch,
-		renewRetry: newRetry(),
-		storeRetry: newRetry(),
-		strangers:  map[string]stranger{},
-		warned:     map[string]warning{},
-		failing:    newRetry(),
-		instance:   crand.Text(),
-		refused:    map[string]refusal{},
-		demand:     map[string]bool{},
-		hintLogged: map[string]bool{},
+		cfg:         cfg,
+		anchor:      anchor(cfg),
+		path:        filepath.Join(cfg.DataDir, "identity.json"),
+		log:         cfg.Log,
+		startedAt:   cfg.Clock.Now(),
+		launchLevel: cfg.LogLevel.Level(),
+		prefetch:    maxPrefetch,
+		ready:       make(chan struct{}),
+		kick:        make(chan struct{}, 1),
+		jwts:        newJWTCache(maxJWTs),
+		wits:        newWITs(),
+		known:       map[string]*knownEntry{},
+		federated:   map[spiffeid.TrustDomain]*fetchedBundle{},
+		held:        map[string]*held{},
+		retries:     map[string]*retry{},
+		batch:       maxBatch,
+		renewRetry:  newRetry(),
+		storeRetry:  newRetry(),
+		strangers:   map[string]stranger{},
+		warned:      map[string]warning{},
+		failing:     newRetry(),
+		instance:    crand.Text(),
+		refused:     map[string]refusal{},
+		demand:      map[string]bool{},
+		hintLogged:  map[string]bool{},
 	}
 	a.save = func(id *identity) error { return id.save(a.path) }
 	a.makeKey = func(context.Context) (crypto.Signer, error) { return newKey(cfg.KeyType) }

@@ -7,6 +7,7 @@ import (
 	loggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/logger/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	"github.com/spiffed/spiffed/internal/loglevel"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -15,32 +16,8 @@ type loggerService struct {
 	*API
 }
 
-// levels maps SPIRE's levels to slog's, which has fewer.
-var levels = map[types.LogLevel]slog.Level{
-	types.LogLevel_PANIC: slog.LevelError,
-	types.LogLevel_FATAL: slog.LevelError,
-	types.LogLevel_ERROR: slog.LevelError,
-	types.LogLevel_WARN:  slog.LevelWarn,
-	types.LogLevel_INFO:  slog.LevelInfo,
-	types.LogLevel_DEBUG: slog.LevelDebug,
-	types.LogLevel_TRACE: slog.LevelDebug,
-}
-
-// spireLevel is the name of the level that shows at least as much.
-func spireLevel(l slog.Level) types.LogLevel {
-	switch {
-	case l >= slog.LevelError:
-		return types.LogLevel_ERROR
-	case l >= slog.LevelWarn:
-		return types.LogLevel_WARN
-	case l >= slog.LevelInfo:
-		return types.LogLevel_INFO
-	}
-	return types.LogLevel_DEBUG
-}
-
 func (s *loggerService) logger() *types.Logger {
-	return &types.Logger{CurrentLevel: spireLevel(s.cfg.LogLevel.Level()), LaunchLevel: spireLevel(s.launchLevel)}
+	return &types.Logger{CurrentLevel: loglevel.ToSPIRE(s.cfg.LogLevel.Level()), LaunchLevel: loglevel.ToSPIRE(s.launchLevel)}
 }
 
 // GetLogger says how much is logged.
@@ -50,7 +27,7 @@ func (s *loggerService) GetLogger(context.Context, *loggerv1.GetLoggerRequest) (
 
 // SetLogLevel says how much is to be logged until the next start.
 func (s *loggerService) SetLogLevel(ctx context.Context, req *loggerv1.SetLogLevelRequest) (*types.Logger, error) {
-	level, ok := levels[req.NewLevel]
+	level, ok := loglevel.FromSPIRE(req.NewLevel)
 	if !ok {
 		return nil, registry.Invalidf("log level %d is not known", req.NewLevel)
 	}
