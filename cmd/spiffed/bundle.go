@@ -22,7 +22,8 @@ func newBundleCommand(c *cli) *cobra.Command {
 		Use:   "bundle",
 		Short: "Show what the trust domain vouches for itself with",
 		Long: `The bundle holds the roots of the trust domain's X.509-SVIDs and the keys of its
-JWT-SVIDs: what others need to verify them. It holds no secrets.`,
+JWT-SVIDs, and of its WIT-SVIDs where these are switched on: what others need to
+verify them. It holds no secrets.`,
 		Example: `  spiffed bundle show > bundle.pem`,
 	}, newBundleShowCommand(c))
 }
@@ -126,6 +127,15 @@ func fromProtoBundle(p *types.Bundle) (*spiffebundle.Bundle, error) {
 		}
 		if err := b.AddJWTAuthority(k.KeyId, key); err != nil {
 			return nil, fmt.Errorf("JWT authority %q: %w", k.KeyId, err)
+		}
+	}
+	for _, k := range p.WitAuthorities {
+		key, err := x509.ParsePKIXPublicKey(k.PublicKey)
+		if err != nil {
+			return nil, fmt.Errorf("WIT authority %q: %w", k.KeyId, err)
+		}
+		if err := b.AddWITAuthority(k.KeyId, key); err != nil {
+			return nil, fmt.Errorf("WIT authority %q: %w", k.KeyId, err)
 		}
 	}
 	if p.RefreshHint > 0 {

@@ -425,11 +425,16 @@ func TestBundle(t *testing.T) {
 		if err := json.Unmarshal([]byte(r.ok(append([]string{"bundle", "show"}, args...)...)), &doc); err != nil {
 			t.Fatal(err)
 		}
-		if len(doc.Keys) != 2 || doc.Sequence != 7 || doc.Hint != 300 {
+		var uses []string
+		for _, k := range doc.Keys {
+			uses = append(uses, k.Use)
+		}
+		slices.Sort(uses)
+		if !slices.Equal(uses, []string{"jwt-svid", "wit-svid", "x509-svid"}) || doc.Sequence != 7 || doc.Hint != 300 {
 			t.Errorf("%v: %+v", args, doc)
 		}
 	}
-	if jwks := r.ok("bundle", "show", "--format", "jwks"); !strings.Contains(jwks, `"kid": "k1"`) || strings.Contains(jwks, "x5c") {
+	if jwks := r.ok("bundle", "show", "--format", "jwks"); !strings.Contains(jwks, `"kid": "k1"`) || strings.Contains(jwks, "x5c") || strings.Contains(jwks, "w1") {
 		t.Error(jwks)
 	}
 }

@@ -423,8 +423,16 @@ func (f fakeBundle) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest)
 		return b, nil // just the name was asked for
 	}
 	key, err := x509.MarshalPKIXPublicKey(f.ca.jwtKey.Public())
+	if err != nil {
+		return nil, err
+	}
 	b.X509Authorities = []*types.X509Certificate{{Asn1: f.ca.root.Raw}}
 	b.JwtAuthorities = []*types.JWTKey{{KeyId: "k1", PublicKey: key, ExpiresAt: time.Now().Add(time.Hour).Unix()}}
+	wit, err := x509.MarshalPKIXPublicKey(f.ca.key.Public())
+	if err != nil {
+		return nil, err
+	}
+	b.WitAuthorities = []*types.WITKey{{KeyId: "w1", PublicKey: wit}}
 	b.RefreshHint, b.SequenceNumber = 300, 7
 	return b, err
 }

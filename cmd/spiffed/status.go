@@ -55,7 +55,7 @@ type serverStatusJSON struct {
 
 type authorityJSON struct {
 	ID        string    `json:"id"`
-	Kind      string    `json:"kind"`  // "root", "signing" or "jwt"
+	Kind      string    `json:"kind"`  // "root", "signing", "jwt" or "wit"
 	State     string    `json:"state"` // "prepared", "active" or "old"
 	ExpiresAt time.Time `json:"expires_at,omitzero"`
 	Tainted   bool      `json:"tainted,omitempty"`

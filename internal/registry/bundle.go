@@ -101,7 +101,7 @@ type jwtAuthorityJSON struct {
 func (a JWTAuthority) MarshalJSON() ([]byte, error) {
 	der, err := x509.MarshalPKIXPublicKey(a.PublicKey)
 	if err != nil {
-		return nil, fmt.Errorf("JWT authority %q: %w", a.KeyID, err)
+		return nil, fmt.Errorf("authority %q of tokens: %w", a.KeyID, err)
 	}
 	return json.Marshal(jwtAuthorityJSON{a.KeyID, der, a.ExpiresAt, a.Tainted})
 }
@@ -114,7 +114,7 @@ func (a *JWTAuthority) UnmarshalJSON(data []byte) error {
 	}
 	key, err := x509.ParsePKIXPublicKey(j.PublicKey)
 	if err != nil {
-		return fmt.Errorf("JWT authority %q: %w", j.KeyID, err)
+		return fmt.Errorf("authority %q of tokens: %w", j.KeyID, err)
 	}
 	*a = JWTAuthority{j.KeyID, key, j.ExpiresAt, j.Tainted}
 	return nil

@@ -17,7 +17,9 @@ func FuzzDecode(f *testing.F) {
 	f.Add("reg/node/spiffe://example.org/spire/agent/x", []byte(`{"id":"spiffe://example.org/spire/agent/x","attestation_type":"tpm","selectors":["tpm:ek:1"],"key_hash":"AQ=="}`))
 	f.Add("token/t1", []byte(`{"id":"t1","secret_hash":"AQ==","alias":"spiffe://example.org/node/x"}`))
 	f.Add("authority/x509/aa", []byte(`{"id":"aa","kind":"x509","state":"active"}`))
+	f.Add("authority/wit/aa", []byte(`{"id":"aa","kind":"wit","state":"prepared","sealed_key":"AQ=="}`))
 	f.Add("bundle", []byte(`{"trust_domain":"example.org","sequence":3}`))
+	f.Add("bundle", []byte(`{"trust_domain":"example.org","sequence":3,"wit_authorities":[]}`))
 	f.Add("reg/entry/e1", []byte(`{"id":"e1","selectors":[null]}`))
 	f.Fuzz(func(t *testing.T, key string, data []byte) {
 		s := New(nil, td)

@@ -584,10 +584,12 @@ func authorities(t testing.TB) ([]*registry.Authority, *registry.Bundle) {
 	return []*registry.Authority{
 			{ID: "aa", Kind: registry.KindX509, State: registry.Active, Certificate: der, PublicKey: []byte{1}, CreatedAt: end, ActivatedAt: end, ExpiresAt: end},
 			{ID: "kid", Kind: registry.KindJWT, State: registry.Prepared, PublicKey: []byte{2}, SealedKey: []byte("sealed"), CreatedAt: end, ExpiresAt: end},
+			{ID: "wit", Kind: registry.KindWIT, State: registry.Active, PublicKey: []byte{3}, SealedKey: []byte("sealed"), CreatedAt: end, ActivatedAt: end, ExpiresAt: end},
 		}, &registry.Bundle{
 			TrustDomain: td, Sequence: 1, RefreshHint: time.Minute,
 			X509Authorities: []registry.X509Authority{{Certificate: cert, Tainted: true}},
 			JWTAuthorities:  []registry.JWTAuthority{{KeyID: "kid", PublicKey: &key.PublicKey, ExpiresAt: end}},
+			WITAuthorities:  []registry.JWTAuthority{{KeyID: "wit", PublicKey: &key.PublicKey, ExpiresAt: end}},
 		}
 }
 
@@ -625,8 +627,8 @@ func TestAuthorities(t *testing.T) {
 	changed.State = registry.Active
 	next := *b
 	next.Sequence = 2
-	next.JWTAuthorities = nil
-	if err := s.SaveAuthorities(t.Context(), []*registry.Authority{&changed}, []string{"aa", "unknown"}, &next); err != nil {
+	next.JWTAuthorities, next.WITAuthorities = nil, nil
+	if err := s.SaveAuthorities(t.Context(), []*registry.Authority{&changed}, []string{"aa", "wit", "unknown"}, &next); err != nil {
 		t.Fatal(err)
 	}
 	_, bundle, err = s.LoadAuthorities(t.Context())
@@ -690,8 +692,10 @@ func TestBadRecords(t *testing.T) {
 		"reg/node/spiffe://example.org/spire/agent/x": {`{`, `{}`, `{"id":"spiffe://example.org/spire/agent/y"}`},
 		"token/t1":          {`{`, `{}`, `{"id":"t2"}`},
 		"authority/x509/aa": {`{`, `{}`, `{"id":"aa","kind":"jwt"}`},
-		"bundle":            {`{`, `{}`, `{"trust_domain":"other.org"}`, `{"trust_domain":"example.org","x509_authorities":[{"certificate":"AAAA"}]}`},
-		"reg/other/x":       {`{}`},
+		"authority/wit/aa":  {`{`, `{}`, `{"id":"aa","kind":"jwt"}`},
+		"bundle": {`{`, `{}`, `{"trust_domain":"other.org"}`, `{"trust_domain":"example.org","x509_authorities":[{"certificate":"AAAA"}]}`,
+			`{"trust_domain":"example.org","wit_authorities":[{"key_id":"a","public_key":"AAAA"}]}`},
+		"reg/other/x": {`{}`},
 	} {
 		for _, value := range bad {
 			s, e := open(t, bolt.Options{})

@@ -834,7 +834,7 @@ func (x *NodeDetail) GetCopiedHow() string {
 type Authority struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// "root", "signing" or "jwt".
+	// "root", "signing", "jwt" or "wit".
 	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
 	// "prepared", "active" or "old".
 	State         string `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
