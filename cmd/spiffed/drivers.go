@@ -16,8 +16,10 @@ import (
 	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/attest/jointoken"
 	"github.com/spiffed/spiffed/internal/attest/lastkey"
+	"github.com/spiffed/spiffed/internal/attest/systemd"
 	"github.com/spiffed/spiffed/internal/attest/unix"
 	"github.com/spiffed/spiffed/internal/ca"
+	"github.com/spiffed/spiffed/internal/config"
 	"github.com/spiffed/spiffed/internal/registry"
 	"github.com/spiffed/spiffed/internal/server"
 	"github.com/spiffed/spiffed/internal/store"
@@ -76,8 +78,11 @@ func verifiers(td spiffeid.TrustDomain, st *store.Store, log *slog.Logger) []att
 func rejoin(id spiffeid.ID, key crypto.Signer) attest.Prover { return lastkey.NewProver(id, key) }
 
 // workloadAttestors tell the agent what a calling process is.
-func workloadAttestors(log *slog.Logger) []attest.Workload {
-	return []attest.Workload{unix.New(unix.Config{Log: log})}
+func workloadAttestors(cfg *config.Agent, log *slog.Logger) []attest.Workload {
+	return []attest.Workload{
+		unix.New(unix.Config{MaxHashSize: int64(cfg.WorkloadSizeLimit), Log: log}),
+		systemd.New(systemd.Config{Log: log}),
+	}
 }
 
 // tokens is how the server of td makes and reads join tokens.
