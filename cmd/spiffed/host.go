@@ -26,6 +26,7 @@ import (
 	"github.com/spiffed/spiffed/internal/ca"
 	"github.com/spiffed/spiffed/internal/clock"
 	"github.com/spiffed/spiffed/internal/config"
+	"github.com/spiffed/spiffed/internal/delegated"
 	"github.com/spiffed/spiffed/internal/durable"
 	"github.com/spiffed/spiffed/internal/server"
 	"github.com/spiffed/spiffed/internal/store"
@@ -51,10 +52,11 @@ type host struct {
 	ca     *ca.CA
 	server *server.Server
 
-	agent        *agent.Agent // nil without the agent role; so are the next five
+	agent        *agent.Agent // nil without the agent role; so are the next six
 	agentFolder  io.Closer    // held
 	cache        *cache.Cache // nil as well if there can be none
 	agentAdminAt net.Listener
+	delegated    *delegated.Server // on agentAdminAt
 	workloads    *workloadapi.Server
 	workloadsAt  net.Listener
 
@@ -130,7 +132,7 @@ func (h *host) buildServer(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	admin, err := unixsocket.Listen(unixsocket.Config{Path: cfg.AdminSocket, Mode: 0o660, Group: h.adminGroup()})
+	admin, err := unixsocket.Listen(unixsocket.Config{Path: cfg.AdminSocket, Mode: 0o660, Group: adminGroup(cfg.AdminGroup)})
 	if err != nil {
 		return fmt.Errorf("server.admin_socket: %w", err)
 	}
@@ -185,6 +187,7 @@ func (h *host) buildAgent(ctx context.Context) error {
 	settings.WorkloadSocket = cfg.WorkloadSocket
 	settings.Version = version()
 	settings.Log = h.log
+	settings.LogLevel = h.logLevel
 	settings.Rejoin = rejoin
 	settings.Clock = clock.New(clock.Config{Floor: clock.BuildTime()})
 	id, err := agent.StoredID(cfg.DataDir, settings.TrustDomain)
@@ -202,11 +205,23 @@ func (h *host) buildAgent(ctx context.Context) error {
 	if h.agent, err = agent.New(*settings); err != nil {
 		return err
 	}
-	h.agentAdminAt, err = unixsocket.Listen(unixsocket.Config{Path: cfg.AdminSocket, Mode: 0o660, Group: h.adminGroup()})
+	group := cfg.AdminGroup
+	if group == "" && h.cfg.Server != nil {
+		group = h.cfg.Server.AdminGroup // who may administer the server may ask its agent
+	}
+	h.agentAdminAt, err = unixsocket.Listen(unixsocket.Config{Path: cfg.AdminSocket, Mode: 0o660, Group: adminGroup(group)})
 	if err != nil {
 		return fmt.Errorf("agent.admin_socket: %w", err)
 	}
 	h.closeOnFailed = append(h.closeOnFailed, h.agentAdminAt)
+	attestors := workloadAttestors(cfg, h.log)
+	h.delegated = delegated.New(delegated.Config{
+		Source:             h.agent,
+		Attestors:          attestors,
+		Delegates:          cfg.AuthorizedDelegates,
+		AttestationTimeout: cfg.Limits.AttestationTimeout,
+		Log:                h.log,
+	})
 	// Everybody may connect: who calls decides what it gets.
 	h.workloadsAt, err = unixsocket.Listen(unixsocket.Config{Path: cfg.WorkloadSocket, Mode: 0o666})
 	if err != nil {
@@ -215,21 +230,40 @@ func (h *host) buildAgent(ctx context.Context) error {
 	h.closeOnFailed = append(h.closeOnFailed, h.workloadsAt)
 	h.workloads = workloadapi.New(workloadapi.Config{
 		Source:    h.agent,
-		Attestors: workloadAttestors(h.log),
+		Attestors: attestors,
 		Ready:     h.agent.Serving,
+		Limits:    workloadLimits(&cfg.Limits),
+		Memory:    limitMemory(),
 		Log:       h.log,
 	})
 	return nil
 }
 
+func workloadLimits(l *config.Limits) workloadapi.Limits {
+	return workloadapi.Limits{
+		Connections:          l.Connections,
+		Streams:              l.Streams,
+		CallsPerSecond:       l.CallsPerSecond,
+		Attestations:         l.Attestations,
+		JWTSigningsPerSecond: l.JWTSigningsPerSecond,
+		TotalConnections:     l.TotalConnections,
+		TotalStreams:         l.TotalStreams,
+		TotalAttestations:    l.TotalAttestations,
+		HeaderSize:           int(l.HeaderSize),
+		MessageSize:          int(l.MessageSize),
+		PrefaceTimeout:       l.PrefaceTimeout,
+		AttestationTimeout:   l.AttestationTimeout,
+	}
+}
+
 // keysIn is where the CA keeps its keys.
 func keysIn(dataDir string) string { return filepath.Join(dataDir, "keys") }
 
-// adminGroup is the group that may use the admin sockets: the configured one,
-// else defaultAdminGroup if this host has it.
-func (h *host) adminGroup() string {
-	if h.cfg.Server != nil && h.cfg.Server.AdminGroup != "" {
-		return h.cfg.Server.AdminGroup
+// adminGroup is the group that may use an admin socket: the configured one, else
+// defaultAdminGroup if this host has it.
+func adminGroup(configured string) string {
+	if configured != "" {
+		return configured
 	}
 	if _, err := user.LookupGroup(defaultAdminGroup); err == nil && os.Geteuid() == 0 {
 		return defaultAdminGroup
@@ -319,13 +353,14 @@ func (h *host) run(ctx context.Context) error {
 	}
 	if h.agent != nil {
 		group.Go(func() error { return h.agent.Run(ctx) })
-		group.Go(func() error { return h.agent.ServeAdmin(ctx, h.agentAdminAt) })
+		group.Go(func() error { return h.agent.ServeAdmin(ctx, h.agentAdminAt, h.delegated.Register) })
 		group.Go(func() error { return h.workloads.Serve(ctx, h.workloadsAt) })
 		h.log.Info("agent started", "workload_socket", h.cfg.Agent.WorkloadSocket, "version", version())
 	}
 	if h.cfg.Health.Listen != "" {
 		group.Go(func() error { return h.serveHealth(ctx) })
 	}
+	group.Go(func() error { return h.watchdog(ctx) })
 	err := group.Wait()
 	if errors.Is(err, context.Canceled) {
 		err = nil

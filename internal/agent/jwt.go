@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -71,6 +72,9 @@ func (a *Agent) JWTSVIDs(ctx context.Context, selectors []registry.Selector, aud
 func (a *Agent) jwtFor(ctx context.Context, e *registry.Entry, audience []string) (*registry.JWTSVID, error) {
 	if e.IncludeJTI {
 		// Each one is to be unique.
+		if err := registry.MaySign(ctx); err != nil {
+			return nil, err
+		}
 		ctx, cancel := context.WithTimeout(ctx, jwtTimeout)
 		defer cancel()
 		svid, err := a.newJWT(ctx, e, audience)
@@ -87,8 +91,14 @@ func (a *Agent) jwtFor(ctx context.Context, e *registry.Entry, audience []string
 	if cached != nil && a.now().Before(cached.renewAt) {
 		return &cached.JWTSVID, nil
 	}
-	// One call for all who ask at once; it goes on if the first one leaves.
+	// One call for all who ask at once; it goes on if the first one leaves, who
+	// has it counted.
+	var first atomic.Bool
 	result := a.jwts.calls.DoChan(key, func() (any, error) {
+		first.Store(true)
+		if err := registry.MaySign(ctx); err != nil {
+			return nil, err
+		}
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), jwtTimeout)
 		defer cancel()
 		svid, err := a.newJWT(ctx, e, audience)
@@ -111,6 +121,9 @@ func (a *Agent) jwtFor(ctx context.Context, e *registry.Entry, audience []string
 		}
 		if cached != nil && a.now().Before(cached.ExpiresAt) && !errors.Is(r.Err, registry.ErrNotEntitled) {
 			return &cached.JWTSVID, nil
+		}
+		if errors.Is(r.Err, registry.ErrSigningLimit) && !first.Load() {
+			return a.jwtFor(ctx, e, audience) // that was another's limit
 		}
 		return nil, r.Err
 	case <-patience:

@@ -18,7 +18,7 @@ func (s *Server) attest(ctx context.Context) (*attest.Process, error) {
 		return nil, status.Error(codes.Internal, "the caller is not known")
 	}
 	// Before its turn, so that only who has answered takes one.
-	if err := waitProof(ctx, p); err != nil {
+	if err := s.waitProof(ctx, p); err != nil {
 		s.refused("attestation did not succeed", p, err)
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
@@ -27,7 +27,7 @@ func (s *Server) attest(ctx context.Context) (*attest.Process, error) {
 		s.refused("refused a call", p, err)
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, attestTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.limits.AttestationTimeout)
 	defer cancel()
 	type outcome struct {
 		c   *attest.Process
@@ -61,8 +61,8 @@ func (s *Server) closed(p *peercred.Peer, why error) {
 	}
 }
 
-func waitProof(ctx context.Context, p *peercred.Peer) error {
-	ctx, cancel := context.WithTimeout(ctx, attestTimeout)
+func (s *Server) waitProof(ctx context.Context, p *peercred.Peer) error {
+	ctx, cancel := context.WithTimeout(ctx, s.limits.AttestationTimeout)
 	defer cancel()
 	return p.Proven(ctx)
 }

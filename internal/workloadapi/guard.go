@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"runtime/debug"
 	"slices"
+	"strings"
+	"sync/atomic"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -13,22 +15,40 @@ import (
 	"google.golang.org/grpc/tap"
 
 	"github.com/spiffed/spiffed/internal/peercred"
+	"github.com/spiffed/spiffed/internal/registry"
 )
 
 // securityHeader shows that the caller means to speak to this endpoint, and was
 // not tricked into it by a URL (Workload Endpoint §3).
 const securityHeader = "workload.spiffe.io"
 
-// checkHeader holds for every method on the socket, known or not, before
-// anything else is read of it. Exactly one value is accepted, "true".
-func (e *endpoint) checkHeader(ctx context.Context, info *tap.Info) (context.Context, error) {
-	if slices.Equal(info.Header.Get(securityHeader), []string{"true"}) {
-		return ctx, nil
+// admit decides on every call on the socket, of a known method or not, before
+// anything but its header is read and anything is started for it. Exactly one
+// value of the security header is accepted, "true". A call beyond a limit is
+// answered with Unavailable, upon which clients come back.
+func (e *endpoint) admit(ctx context.Context, info *tap.Info) (context.Context, error) {
+	c := connOf(ctx)
+	if c == nil {
+		return ctx, status.Error(codes.Internal, "the connection is not known")
 	}
-	err := status.Errorf(codes.InvalidArgument, "security header missing from request: the metadata %q must be there once, as %q", securityHeader, "true")
-	p, _ := peercred.FromContext(ctx)
-	e.refused("refused a call", p, err)
-	return ctx, err
+	if !slices.Equal(info.Header.Get(securityHeader), []string{"true"}) {
+		c.user.charge(unitsPerRefusal)
+		err := status.Errorf(codes.InvalidArgument, "security header missing from request: the metadata %q must be there once, as %q", securityHeader, "true")
+		p, _ := peercred.FromContext(ctx)
+		e.refused("refused a call", p, err)
+		return ctx, err
+	}
+	one, err := c.begin(strings.HasPrefix(info.FullMethodName, "/grpc.reflection."))
+	if err != nil {
+		c.user.charge(unitsPerRefusal)
+		e.overLimit("refused a call", c.user, c.pid, err)
+		return ctx, status.Error(codes.Unavailable, err.Error())
+	}
+	context.AfterFunc(ctx, func() {
+		one.late.Stop()
+		one.done()
+	})
+	return context.WithValue(ctx, callKey{}, one), nil
 }
 
 func unknownMethod(any, grpc.ServerStream) error {
@@ -48,6 +68,14 @@ func (s *Server) refused(what string, p *peercred.Peer, err error) {
 	s.log.Log(context.Background(), level, what, attrs...)
 }
 
+// overLimit logs that a user's processes ask for more than they may: for each user
+// a line a second at the most.
+func (s *Server) overLimit(what string, u *user, pid int32, err error) {
+	if suppressed, ok := u.mayLog(); ok {
+		s.log.Warn(what, "type", "audit", "reason", err.Error(), "pid", pid, "caller_uid", u.uid, "suppressed", suppressed)
+	}
+}
+
 func reason(err error) string {
 	if s, ok := status.FromError(err); ok {
 		return s.Message()
@@ -56,33 +84,63 @@ func reason(err error) string {
 }
 
 func (e *endpoint) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	one := callOf(ctx)
+	one.late.Stop() // its request is there
 	ctx, cancel := e.untilStop(ctx)
 	defer cancel()
+	ctx, refused := limitSignings(ctx, one.conn.user)
 	err = e.guard(ctx, info.FullMethod, func() (err error) {
-		resp, err = handler(ctx, req)
+		if resp, err = handler(ctx, req); err != nil && refused.Load() {
+			err = fmt.Errorf("the processes of uid %d have JWT-SVIDs signed faster than the limit", one.conn.user.uid)
+			e.overLimit("refused a call", one.conn.user, one.conn.pid, err)
+			return status.Error(codes.Unavailable, err.Error())
+		}
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	return resp, nil
+	return one.track(resp), nil
 }
 
 func (e *endpoint) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	ctx, cancel := e.untilStop(ss.Context())
 	defer cancel()
 	return e.guard(ctx, info.FullMethod, func() error {
-		return handler(srv, &streamWithContext{ss, ctx})
+		return handler(srv, &limitedStream{ss, ctx, callOf(ctx)})
 	})
 }
 
-// streamWithContext is a stream whose context ends with the endpoint.
-type streamWithContext struct {
+// limitedStream is a stream whose context ends with the endpoint, and whose client
+// has to take what is sent.
+type limitedStream struct {
 	grpc.ServerStream
-	ctx context.Context
+	ctx  context.Context
+	call *call
 }
 
-func (s *streamWithContext) Context() context.Context { return s.ctx }
+func (s *limitedStream) Context() context.Context { return s.ctx }
+
+func (s *limitedStream) RecvMsg(m any) error {
+	err := s.ServerStream.RecvMsg(m)
+	s.call.late.Stop()
+	return err
+}
+
+func (s *limitedStream) SendMsg(m any) error { return s.ServerStream.SendMsg(s.call.track(m)) }
+
+// limitSignings makes the user pay for each token that is signed for a call, and
+// not for those that are cached. refused says whether there was one too many.
+func limitSignings(ctx context.Context, u *user) (_ context.Context, refused *atomic.Bool) {
+	refused = &atomic.Bool{}
+	return registry.LimitSignings(ctx, func() bool {
+		ok := u.signings.Allow()
+		if !ok {
+			refused.Store(true)
+		}
+		return ok
+	}), refused
+}
 
 func (e *endpoint) untilStop(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -90,19 +148,12 @@ func (e *endpoint) untilStop(ctx context.Context) (context.Context, context.Canc
 	return ctx, func() { forget(); cancel() }
 }
 
-// guard runs one RPC: within the share of the user, with a panic becoming an
-// error, and with the log.
+// guard runs one RPC, with a panic becoming an error, and with the log.
 func (e *endpoint) guard(ctx context.Context, method string, run func() error) (err error) {
 	p, ok := peercred.FromContext(ctx)
 	if !ok {
 		return status.Error(codes.Internal, "the caller is not known")
 	}
-	if !e.rpcs.acquire(p.UID) {
-		err := status.Errorf(codes.Unavailable, "the processes of uid %d hold %d calls, which is the limit", p.UID, e.rpcs.limit)
-		e.refused("refused a call", p, err)
-		return err
-	}
-	defer e.rpcs.release(p.UID)
 	e.log.Debug("call", "method", method, "pid", p.PID, "caller_uid", p.UID)
 	defer func() {
 		if r := recover(); r != nil {

@@ -144,67 +144,11 @@ func wantCode(t testing.TB, err error, code codes.Code, text string) {
 	}
 }
 
-func TestConnectionsPerUser(t *testing.T) {
-	log, text := newLog()
-	socket, _ := serve(t, Config{Source: source(t, entry(t, "web", "unix:uid:0")), ConnsPerUser: 2, Log: log})
-	first := dial(t, socket)
-	if _, _, err := fetch(t, workloadpb.NewSpiffeWorkloadAPIClient(first)); err != nil {
-		t.Fatal(err)
-	}
-	if _, _, err := fetch(t, client(t, socket)); err != nil {
-		t.Fatal(err)
-	}
-	_, _, err := fetch(t, client(t, socket))
-	wantCode(t, err, codes.Unavailable, "")
-	eventually(t, "the refusal in the log", func() bool { // the caller may see it first
-		return strings.Contains(text.String(), "the processes of uid 0 hold 2 connections, which is the limit")
-	})
-	first.Close()
-	eventually(t, "another connection", func() bool {
-		_, _, err := fetch(t, client(t, socket))
-		return err == nil
-	})
-}
-
-func TestCallsPerUser(t *testing.T) {
-	socket, _ := serve(t, Config{Source: source(t, entry(t, "web", "unix:uid:0")), RPCsPerUser: 2})
-	ctx, cancel := context.WithCancel(header(t.Context()))
-	held, err := client(t, socket).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := held.Recv(); err != nil {
-		t.Fatal(err)
-	}
-	if _, _, err := fetch(t, client(t, socket)); err != nil {
-		t.Fatal(err)
-	}
-	_, _, err = fetch(t, client(t, socket))
-	wantCode(t, err, codes.Unavailable, "hold 2 calls, which is the limit")
-	cancel()
-	eventually(t, "another call", func() bool {
-		_, _, err := fetch(t, client(t, socket))
-		return err == nil
-	})
-}
-
-func TestPerUserIsFair(t *testing.T) {
-	p := newPerUser(1)
-	if !p.acquire(1) || p.acquire(1) || !p.acquire(2) {
-		t.Error("the share of one user is not his own")
-	}
-	p.release(1)
-	p.release(2)
-	if len(p.held) != 0 || !p.acquire(1) {
-		t.Error("nothing was given back")
-	}
-}
-
 // More attestations than the limit wait for their turn and are not refused: all
 // processes of a user come back at once after a restart.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		turns := newTurns(2)
+		turns := newTurns(2, 16, func(uint32) bool { return false })
 		var wg sync.WaitGroup
 		var mu sync.Mutex
 		going, most, done := 0, 0, 0
@@ -228,7 +172,7 @@ func TestTurns(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		if done != 100 || most != 4 || len(turns.users) != 0 {
+		if done != 100 || most != 4 || len(turns.users)+len(turns.all)+len(turns.others) != 0 {
 			t.Errorf("%d done, at most %d at a time, %d users are left", done, most, len(turns.users))
 		}
 		turns.acquire(t.Context(), 1)
@@ -262,7 +206,7 @@ func TestAttestorHangs(t *testing.T) {
 		}
 		return nil, nil
 	})
-	socket, _ := serve(t, Config{Source: source(t), Attestors: []attest.Workload{a}, AttestationsPerUser: 1})
+	socket, _ := serve(t, Config{Source: source(t), Attestors: []attest.Workload{a}, Limits: Limits{TotalAttestations: 1}})
 	start := time.Now()
 	_, _, err := fetch(t, client(t, socket))
 	wantCode(t, err, codes.Unavailable, "could not be attested")
@@ -412,7 +356,7 @@ func TestStreamEndsWithItsProcess(t *testing.T) {
 // the end.
 func TestNoLeak(t *testing.T) {
 	s := source(t, entry(t, "web", "unix:uid:0"))
-	socket, _ := serve(t, Config{Source: s, ConnsPerUser: 10000})
+	socket, _ := serve(t, Config{Source: s})
 	round := func() {
 		c, err := net.Dial("unix", socket) // says nothing
 		if err != nil {
@@ -454,7 +398,8 @@ func openFiles(t testing.TB) int {
 // Connections that say nothing hold up nobody, and are dropped.
 func TestSilentConnections(t *testing.T) {
 	t.Parallel()
-	socket, _ := serve(t, Config{Source: source(t, entry(t, "web", "unix:uid:0"))})
+	const silence = 3 * time.Second
+	socket, _ := serve(t, Config{Source: source(t, entry(t, "web", "unix:uid:0")), Limits: Limits{PrefaceTimeout: silence}})
 	start := time.Now()
 	var silent []net.Conn
 	for range 200 {
@@ -468,11 +413,11 @@ func TestSilentConnections(t *testing.T) {
 	if _, _, err := fetch(t, client(t, socket)); err != nil {
 		t.Error(err)
 	}
-	if d := time.Since(start); d > prefaceTimeout/2 {
+	if d := time.Since(start); d > silence/2 {
 		t.Errorf("a good caller waited for %s", d)
 	}
 	for _, c := range silent {
-		c.SetReadDeadline(start.Add(prefaceTimeout + 3*time.Second))
+		c.SetReadDeadline(start.Add(silence + 3*time.Second))
 		if _, err := io.Copy(io.Discard, c); err != nil {
 			t.Fatalf("still open after %s: %v", time.Since(start), err)
 		}

@@ -1,7 +1,7 @@
 // Package workloadapi serves the SPIFFE Workload API on a unix socket: the
 // X.509 and JWT profiles to the letter, with server reflection and gRPC health
 // (health.go has what that says).
-// The WIT profile is answered with Unimplemented.
+// The WIT profile, which is incubating, is off unless it is asked for.
 //
 // It attests each caller and asks a registry.Source what that process may have.
 // It never fetches, signs or stores anything, and never serves TCP.
@@ -12,10 +12,12 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"time"
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
@@ -28,19 +30,36 @@ import (
 
 // Limits of the endpoint that are not worth a setting.
 const (
-	prefaceTimeout  = 5 * time.Second // from the accept to HTTP/2 being spoken
-	attestTimeout   = time.Second
-	attestQueueTime = 2 * time.Second  // for the user's share of attestations
-	signingTimeout  = 5 * time.Second  // how long a caller waits for an SVID on its way
-	jwtTimeout      = 10 * time.Second // for the server to sign JWT-SVIDs
-	drainTimeout    = time.Second      // for RPCs to end when the endpoint does
-	maxHeaders      = 16 << 10         // bytes
-	maxRequest      = 1 << 20          // bytes
-	maxResponse     = 4<<20 - 1024     // bytes; clients refuse more than 4 MiB
-	streamsPerConn  = 1024
-	refusalsPerSec  = 10 // that are logged at Info
-	refusalsAtATime = 100
+	attestQueueTime    = 2 * time.Second  // for the user's share of attestations
+	signingTimeout     = 5 * time.Second  // how long a caller waits for an SVID on its way
+	jwtTimeout         = 10 * time.Second // for the server to sign JWT-SVIDs
+	drainTimeout       = time.Second      // for RPCs to end when the endpoint does
+	window             = 64 << 10         // bytes of a call that are received ahead; the least there is
+	streamsPerConn     = 1024
+	reflectionsPerUser = 8 // the only calls whose clients may send when they like
+	refusalsPerSec     = 10
+	refusalsAtATime    = 100 // that are logged at Info
 )
+
+// patience is how long the endpoint waits for a client. Whoever lets it wait
+// longer has not stopped to be entitled, but its connection is dropped.
+type patience struct {
+	request  time.Duration // for the rest of a request, from its header
+	response time.Duration // for a message to be taken, by the client's flow control
+	write    time.Duration // for the socket to be read
+	ping     time.Duration // without a sign of the client: then it is asked for one
+	pong     time.Duration // for that
+	idle     time.Duration // without a call
+}
+
+var defaultPatience = patience{
+	request:  5 * time.Second,
+	response: 30 * time.Second,
+	write:    30 * time.Second,
+	ping:     2 * time.Minute,
+	pong:     20 * time.Second,
+	idle:     10 * time.Minute,
+}
 
 // Config of a Server.
 type Config struct {
@@ -48,41 +67,67 @@ type Config struct {
 	Attestors []attest.Workload
 	Log       *slog.Logger
 
+	// WIT serves the WIT profile. Nil: it is off, and its RPCs are Unimplemented.
+	WIT registry.WITSource
+
 	// Ready says whether there is something to serve from, and gives a channel
 	// that is closed when that may have changed. gRPC health says it on. Nil: as
 	// long as this endpoint serves, it is.
 	Ready func() (ready bool, changed <-chan struct{})
 
-	// What the processes of one user may hold at a time; 0 means the default.
-	ConnsPerUser        int // 256
-	RPCsPerUser         int // 1024, streams included
-	AttestationsPerUser int // 32; more wait for their turn
+	// Limits of what local processes may ask for. They are lowered to what this
+	// process can hold: it is to have files and memory left for itself.
+	Limits Limits
+	Files  int64 // that this process may open; 0: what RLIMIT_NOFILE says
+	Memory int64 // bytes that this process may use; 0: no limit
 }
 
 // Server serves the Workload API.
 type Server struct {
 	source    registry.Source
+	wit       registry.WITSource // nil: off
 	attestors []attest.Workload
 	log       *slog.Logger
 	ready     func() (bool, <-chan struct{})
 	refusals  *rate.Limiter // keeps a caller from flooding the log
 
-	conns, rpcs  *perUser
+	limits       Limits
+	patience     patience
+	users        *users
 	attestations *turns
 }
 
 // New returns a server that does nothing yet.
 func New(cfg Config) *Server {
+	wanted := cfg.Limits.withDefaults()
+	limits := wanted.fit(cmp.Or(cfg.Files, filesOfProcess()), cfg.Memory)
+	if limits != wanted {
+		cfg.Log.Info("fewer local processes are served at a time than agent.limits says: the files that may be open, or the memory, would not do for more",
+			"connections", limits.TotalConnections, "streams", limits.TotalStreams, "attestations", limits.TotalAttestations)
+	}
+	users := newUsers(limits)
 	return &Server{
 		source:       cfg.Source,
+		wit:          cfg.WIT,
 		attestors:    cfg.Attestors,
 		log:          cfg.Log,
 		ready:        cfg.Ready,
 		refusals:     rate.NewLimiter(refusalsPerSec, refusalsAtATime),
-		conns:        newPerUser(cmp.Or(cfg.ConnsPerUser, 256)),
-		rpcs:         newPerUser(cmp.Or(cfg.RPCsPerUser, 1024)),
-		attestations: newTurns(cmp.Or(cfg.AttestationsPerUser, 32)),
+		limits:       limits,
+		patience:     defaultPatience,
+		users:        users,
+		attestations: newTurns(limits.Attestations, limits.TotalAttestations, users.isPrivileged),
 	}
+}
+
+// filesOfProcess is what RLIMIT_NOFILE says, whose soft limit the Go runtime has
+// raised to the hard one; 0 if it is not known or there is no limit.
+func filesOfProcess() int64 {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil || l.Cur > math.MaxInt64 {
+		return 0
+	}
+	return int64(l.Cur)
 }
 
 // Serve answers on l, which must accept unix sockets, until ctx ends. Open
@@ -91,18 +136,21 @@ func New(cfg Config) *Server {
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	e := &endpoint{Server: s, stop: ctx.Done(), onStop: func(f func()) func() bool { return context.AfterFunc(ctx, f) }}
 	g := grpc.NewServer(
-		grpc.Creds(&limitedCreds{peercred.NewTransportCredentials(), s}),
-		grpc.ConnectionTimeout(prefaceTimeout),
-		grpc.InTapHandle(e.checkHeader),
+		grpc.Creds(&limitedCreds{peercred.NewTransportCredentials(s.closed), s}),
+		grpc.ConnectionTimeout(s.limits.PrefaceTimeout),
+		grpc.InTapHandle(e.admit),
 		grpc.UnaryInterceptor(e.unary),
 		grpc.StreamInterceptor(e.stream),
 		grpc.UnknownServiceHandler(unknownMethod),
-		grpc.MaxHeaderListSize(maxHeaders),
-		grpc.MaxRecvMsgSize(maxRequest),
+		grpc.ForceServerCodecV2(newCodec()),
+		grpc.MaxHeaderListSize(uint32(s.limits.HeaderSize)),
+		grpc.MaxRecvMsgSize(s.limits.MessageSize),
 		grpc.MaxConcurrentStreams(streamsPerConn),
 		grpc.WaitForHandlers(true),
+		grpc.StaticStreamWindowSize(window),
+		grpc.StaticConnWindowSize(window),
 		grpc.ReadBufferSize(4<<10), // most callers hold one quiet stream
-		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: 10 * time.Minute}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: s.patience.idle, Time: s.patience.ping, Timeout: s.patience.pong}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)
 	workloadpb.RegisterSpiffeWorkloadAPIServer(g, e)
@@ -110,7 +158,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	reflection.Register(g)
 
 	failed := make(chan error, 1)
-	go func() { failed <- g.Serve(l) }()
+	go func() { failed <- g.Serve(&listener{Listener: l, s: s, stop: ctx.Done()}) }()
 	select {
 	case err := <-failed:
 		g.Stop()
