@@ -1,0 +1,122 @@
+package machine
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// keptIn is where the file system is kept that machines are made of, since it
+// takes half a minute to make.
+const keptIn = "/tmp/spiffed-test-run"
+
+// packages of the machine, besides the essential ones: systemd as process 1, its
+// D-Bus, and what the managers of users need.
+const packages = "systemd-sysv,dbus,libpam-systemd"
+
+// rootfs returns the folder of a Debian of this machine's release, and makes it
+// if there is none. It skips the test where that cannot be.
+func rootfs(t testing.TB) string {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("SKIPPED, and so not proven: a machine with systemd can only be booted by root; run ./test/run as root")
+	}
+	for _, tool := range []string{"systemd-nspawn", "mmdebstrap", "nsenter"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("SKIPPED, and so not proven: there is no %s here; run ./test/run, which gets what is missing", tool)
+		}
+	}
+	suite, err := release()
+	if err != nil {
+		t.Skipf("SKIPPED, and so not proven: %v", err)
+	}
+	if err := os.MkdirAll(keptIn, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(keptIn, "rootfs-"+suite+"-"+strings.ReplaceAll(packages, ",", "-"))
+	lock, err := os.OpenFile(dir+".lock", os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil { // other packages want it as well
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(dir); err == nil {
+		return dir
+	}
+	fresh, err := os.MkdirTemp(keptIn, "rootfs-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(fresh)
+	cmd := exec.Command("mmdebstrap", "--variant=minbase", "--include="+packages, "--aptopt=APT::Install-Recommends false",
+		"--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*",
+		suite, filepath.Join(fresh, "root"))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("making a Debian to boot: %v\n%s", err, out)
+	}
+	if err := os.Rename(filepath.Join(fresh, "root"), dir); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// release is the name of this machine's release of Debian.
+func release() (string, error) {
+	data, err := os.ReadFile("/etc/os-release")
+	if err != nil {
+		return "", err
+	}
+	is := map[string]string{}
+	for lines := bufio.NewScanner(bytes.NewReader(data)); lines.Scan(); {
+		key, value, _ := strings.Cut(lines.Text(), "=")
+		is[key] = strings.Trim(value, `"`)
+	}
+	if is["ID"] != "debian" || is["VERSION_CODENAME"] == "" {
+		return "", fmt.Errorf("a machine can only be made on Debian, not on %q", is["PRETTY_NAME"])
+	}
+	return is["VERSION_CODENAME"], nil
+}
+
+// makeGroups makes a control group for a machine in each hierarchy that nspawn
+// and systemd use, and returns their folders.
+func makeGroups(t testing.TB, name string) (groups []string) {
+	t.Helper()
+	for _, hierarchy := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"} {
+		if _, err := os.Stat(filepath.Join(hierarchy, "cgroup.procs")); err != nil {
+			continue
+		}
+		dir := filepath.Join(hierarchy, name)
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Skipf("SKIPPED, and so not proven: no control group can be made here: %v", err)
+		}
+		groups = append(groups, dir)
+	}
+	if len(groups) == 0 {
+		t.Skip("SKIPPED, and so not proven: there are no control groups in /sys/fs/cgroup")
+	}
+	return groups
+}
+
+// removeGroups removes the groups and those that systemd made below them.
+func removeGroups(groups []string) {
+	for _, top := range groups {
+		var dirs []string
+		filepath.WalkDir(top, func(path string, d os.DirEntry, err error) error {
+			if err == nil && d.IsDir() {
+				dirs = append(dirs, path)
+			}
+			return nil
+		})
+		for i := len(dirs) - 1; i >= 0; i-- {
+			syscall.Rmdir(dirs[i])
+		}
+	}
+}
