@@ -48,6 +48,10 @@ func Attest(ctx context.Context, attestors []Workload, peer *peercred.Peer, want
 		name = a.Name()
 		selectors, err := a.Attest(ctx, peer, asked)
 		if err != nil {
+			// It may have found nothing, or another, where the process was.
+			if err := peer.Confirm(); err != nil {
+				return nil, err
+			}
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
 		p.Selectors = append(p.Selectors, selectors...)

@@ -1,7 +1,6 @@
 package workloadapi
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto"
@@ -11,7 +10,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -25,7 +23,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	"github.com/spiffed/spiffed/internal/attest"
@@ -34,44 +31,13 @@ import (
 	"github.com/spiffed/spiffed/internal/workloadapi/workloadtest"
 )
 
-// The test binary plays two processes. "connect" connects, hands the connection
-// to a child, and ends when its stdin does. "use" is that child: it fetches over
-// a connection that is not its own, and says how the stream ended.
+// The test binary plays other processes as well: see play.
 func TestMain(m *testing.M) {
-	fail := func(err error) {
-		if err != nil {
-			fmt.Println(err)
-			os.Exit(1)
-		}
+	if os.Getenv("ROLE") == "play" {
+		play(os.Stdin)
+		return
 	}
-	switch os.Getenv("ROLE") {
-	case "":
-		os.Exit(m.Run())
-	case "connect":
-		c, err := net.Dial("unix", os.Getenv("SOCKET"))
-		fail(err)
-		f, err := c.(*net.UnixConn).File()
-		fail(err)
-		cmd := exec.Command("/proc/self/exe")
-		cmd.Env = []string{"ROLE=use", "GORACE=atexit_sleep_ms=0"} // else the race detector sleeps
-		cmd.ExtraFiles = []*os.File{f}
-		cmd.Stdout = os.Stdout
-		fail(cmd.Start())
-		io.Copy(io.Discard, os.Stdin)
-	case "use":
-		c, err := net.FileConn(os.NewFile(3, "connection"))
-		fail(err)
-		conn, err := grpc.NewClient("passthrough:///x", grpc.WithTransportCredentials(insecure.NewCredentials()),
-			grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return c, nil }))
-		fail(err)
-		stream, err := workloadpb.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(header(context.Background()), &workloadpb.X509SVIDRequest{})
-		fail(err)
-		_, err = stream.Recv()
-		fail(err)
-		fmt.Println("received")
-		_, err = stream.Recv()
-		fmt.Println(err)
-	}
+	os.Exit(m.Run())
 }
 
 // attestorFunc is an attestor in one function.
@@ -321,35 +287,6 @@ func TestNoChatter(t *testing.T) {
 	if err != nil || bytes.Equal(first.Svids[0].X509Svid, next.Svids[0].X509Svid) {
 		t.Errorf("the message after the first is the same again: %v", err)
 	}
-}
-
-// A stream ends with the process that connected, though another has the
-// connection by now: it was not attested.
-func TestStreamEndsWithItsProcess(t *testing.T) {
-	s := source(t, entry(t, "web", "unix:uid:0"))
-	socket, _ := serve(t, Config{Source: s})
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = []string{"ROLE=connect", "SOCKET=" + socket, "GORACE=atexit_sleep_ms=0"}
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	lines := bufio.NewScanner(out)
-	if lines.Scan(); lines.Text() != "received" {
-		t.Fatal(lines.Text())
-	}
-	in.Close()
-	if lines.Scan(); !strings.Contains(lines.Text(), "code = Unavailable desc = the calling process has ended") {
-		t.Error(lines.Text())
-	}
-	cmd.Wait()
 }
 
 // SPI-01-006: whoever connects and hangs up, at whatever point, costs nothing in
