@@ -7,7 +7,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"spiffed": main})
+	testscript.Main(m, map[string]func(){"spiffed": main, "exec-program": execProgram})
 }
 
 // TestScripts runs the binary as a user does.

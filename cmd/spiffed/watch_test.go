@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -33,7 +34,6 @@ type liveAPI struct {
 }
 
 func newLiveAPI(t *testing.T) *liveAPI {
-	t.Setenv("SPIFFE_ENDPOINT_SOCKET", "")
 	l := &liveAPI{t: t, ca: newFakeCA(t), socket: filepath.Join(t.TempDir(), "w.sock"), changed: make(chan struct{})}
 	l.start()
 	t.Cleanup(func() { l.stop() })
@@ -84,6 +84,20 @@ func (l *liveAPI) FetchX509SVID(_ *workloadpb.X509SVIDRequest, stream grpc.Serve
 	}
 }
 
+// FetchJWTBundles has the one key of the CA.
+func (l *liveAPI) FetchJWTBundles(_ *workloadpb.JWTBundlesRequest, stream grpc.ServerStreamingServer[workloadpb.JWTBundlesResponse]) error {
+	keys := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: l.ca.jwtKey.Public(), KeyID: "k1"}}}
+	data, err := json.Marshal(keys)
+	if err != nil {
+		return err
+	}
+	if err := stream.Send(&workloadpb.JWTBundlesResponse{Bundles: map[string][]byte{"spiffe://example.org": data}}); err != nil {
+		return err
+	}
+	<-stream.Context().Done()
+	return status.Error(codes.Unavailable, "stopping")
+}
+
 // transcript is what a command has written so far.
 type transcript struct {
 	mu  sync.Mutex
@@ -131,6 +145,7 @@ func eventually(t *testing.T, good func() bool, why func() string) {
 }
 
 func TestWatch(t *testing.T) {
+	t.Parallel()
 	l := newLiveAPI(t)
 	var stdout, stderr transcript
 	ctx, stop := context.WithCancel(t.Context())
@@ -191,6 +206,7 @@ func TestWatch(t *testing.T) {
 }
 
 func TestWatchForScripts(t *testing.T) {
+	t.Parallel()
 	l := newLiveAPI(t)
 	run := func(args ...string) (int, string, string) {
 		var stdout, stderr transcript
@@ -209,6 +225,9 @@ func TestWatchForScripts(t *testing.T) {
 	}
 	if bundle.What != "x509-bundle" || bundle.TrustDomain != "example.org" || len(bundle.Keys) != 1 {
 		t.Errorf("%+v", bundle)
+	}
+	if code, stdout, stderr := run("watch", "--count", "4", "--jwt-bundles"); code != exitDone || !regexp.MustCompile(`(?m)Z  jwt-bundle   new      example.org  keys k1$`).MatchString(stdout) {
+		t.Errorf("exit %d: %s%s", code, stdout, stderr)
 	}
 	// The end by time: good if there was something to be seen, unless more was wanted.
 	if code, stdout, stderr := run("watch", "--timeout", "1"); code != exitDone || strings.Count(stdout, "\n") != 3 {
