@@ -44,7 +44,7 @@ func (a *Agent) ServeAdmin(ctx context.Context, l net.Listener, register ...func
 		onStop:  func(f func()) (forget func() bool) { return context.AfterFunc(ctx, f) },
 	}
 	s := grpc.NewServer(
-		grpc.Creds(&adminCreds{peercred.NewTransportCredentials(), &adminConns{Agent: a, held: map[uint32]int{}}}),
+		grpc.Creds(&adminCreds{peercred.NewTransportCredentials(a.refusedAdmin), &adminConns{Agent: a, held: map[uint32]int{}}}),
 		grpc.MaxRecvMsgSize(maxAdminMessage), grpc.MaxHeaderListSize(maxAdminHeaders),
 		grpc.MaxConcurrentStreams(maxAdminStreams),
 		grpc.ConnectionTimeout(adminHandshake),
@@ -120,6 +120,16 @@ func (e *adminEndpoint) call(ctx context.Context, method string, run func(contex
 	return run(ctx)
 }
 
+// refusedAdmin logs that a connection to the admin socket was refused, or closed.
+// p is nil if it is not known whose it was.
+func (a *Agent) refusedAdmin(p *peercred.Peer, err error) {
+	attrs := []any{"type", "audit", "reason", err.Error()}
+	if p != nil {
+		attrs = append(attrs, "pid", p.PID, "caller_uid", p.UID)
+	}
+	a.log.Info("refused a connection to the admin socket", attrs...)
+}
+
 // adminConns counts the connections of each user.
 type adminConns struct {
 	*Agent
@@ -156,7 +166,7 @@ func (c *adminCreds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 	conn, info, err := c.TransportCredentials.ServerHandshake(raw)
 	if err != nil {
 		if !errors.Is(err, peercred.ErrEnded) {
-			c.conns.log.Info("refused a connection to the admin socket", "type", "audit", "reason", err.Error())
+			c.conns.refusedAdmin(nil, err)
 		}
 		return nil, nil, err
 	}
@@ -164,7 +174,7 @@ func (c *adminCreds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 	if !c.conns.acquire(caller.UID) {
 		conn.Close()
 		err := fmt.Errorf("the processes of uid %d hold %d connections, which is the limit", caller.UID, maxAdminConns)
-		c.conns.log.Info("refused a connection to the admin socket", "type", "audit", "reason", err.Error(), "pid", caller.PID, "caller_uid", caller.UID)
+		c.conns.refusedAdmin(caller, err)
 		return nil, nil, err
 	}
 	return &adminConn{Conn: conn, release: sync.OnceFunc(func() { c.conns.release(caller.UID) })}, info, nil

@@ -26,8 +26,7 @@ func (s *loggerService) logger() *types.Logger {
 	return &types.Logger{CurrentLevel: loglevel.ToSPIRE(s.level.Level()), LaunchLevel: loglevel.ToSPIRE(s.launch)}
 }
 
-// set changes the level. Which line shows it depends on the way: the one that is
-// written at the level that shows more.
+// set changes the level. It is logged at the one that shows more.
 func (s *loggerService) set(ctx context.Context, level slog.Level) *types.Logger {
 	before := s.level.Level()
 	s.level.Set(min(before, level))
