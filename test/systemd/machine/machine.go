@@ -13,7 +13,6 @@ package machine
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -43,7 +42,7 @@ type Config struct {
 // an error.
 type Machine struct {
 	name    string
-	leader  int // its process 1
+	leader  int // its process 1; 0 until it is up
 	console string
 	nspawn  *exec.Cmd
 	exited  chan struct{}
@@ -59,11 +58,12 @@ func Boot(t testing.TB, cfg Config) *Machine {
 	t.Helper()
 	base := rootfs(t)
 	m := &Machine{
-		name:    fmt.Sprintf("spiffed-%d-%d", os.Getpid(), booted.Add(1)),
+		name:    fmt.Sprintf("%s%d-%d", namePrefix, os.Getpid(), booted.Add(1)),
 		console: filepath.Join(t.TempDir(), "console"),
 		exited:  make(chan struct{}),
 	}
 	dir := t.TempDir()
+	sweep()
 	groups := makeGroups(t, m.name)
 	unified := "1"
 	if cfg.Legacy {
@@ -99,25 +99,38 @@ func Boot(t testing.TB, cfg Config) *Machine {
 	})
 	began := time.Now()
 	m.until(t, "the machine is up", func() error {
-		if m.leader == 0 {
-			pid := m.nspawn.Process.Pid
-			children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
-			if err != nil {
-				return err
-			}
-			first, _, _ := strings.Cut(string(children), " ")
-			if m.leader, err = strconv.Atoi(first); err != nil {
-				return errors.New("it has no process 1 yet")
-			}
+		leader, err := m.first()
+		if err != nil {
+			return err
 		}
-		state, err := m.Try("systemctl", "is-system-running")
+		state, err := enter(leader, "systemctl", "is-system-running")
 		if state = strings.TrimSpace(state); state != "running" && state != "degraded" {
 			return fmt.Errorf("systemctl is-system-running: %q, %w", state, err)
 		}
+		m.leader = leader
 		return nil
 	})
 	t.Logf("%s was up after %s", m.name, time.Since(began).Round(10*time.Millisecond))
 	return m
+}
+
+// first returns the pid of the machine's process 1. Before there is one, the
+// script has children, which are in no machine but in this one.
+func (m *Machine) first() (int, error) {
+	pid := m.nspawn.Process.Pid
+	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		return 0, err
+	}
+	child, _, _ := strings.Cut(string(children), " ")
+	ours, err := os.Readlink("/proc/self/ns/pid")
+	if err != nil {
+		return 0, err
+	}
+	if its, err := os.Readlink("/proc/" + child + "/ns/pid"); err != nil || its == ours {
+		return 0, fmt.Errorf("it has no process 1 yet: %w", err)
+	}
+	return strconv.Atoi(child)
 }
 
 // script lays a file system of its own over the base, and becomes nspawn. With
@@ -136,10 +149,11 @@ for g in $groups; do echo $$ >"$g/cgroup.procs"; done
 exec systemd-nspawn --directory="$dir/root" "$@"
 `
 
-// startBound starts cmd so that the kernel kills it when this process ends. That
+// startBound starts cmd so that the kernel ends it when this process ends: nspawn
+// switches the machine off at a SIGTERM, unless it has only begun; see sweep. It
 // depends on the thread that starts it, which therefore waits for it.
 func startBound(cmd *exec.Cmd, exited chan struct{}) error {
-	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGTERM
 	started := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
@@ -155,10 +169,12 @@ func startBound(cmd *exec.Cmd, exited chan struct{}) error {
 
 // Try runs a command there, as root, and returns what it prints. It has no unit:
 // its control group is outside of the machine.
-func (m *Machine) Try(command ...string) (string, error) {
+func (m *Machine) Try(command ...string) (string, error) { return enter(m.leader, command...) }
+
+func enter(leader int, command ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--target=" + strconv.Itoa(m.leader),
+	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--target=" + strconv.Itoa(leader),
 		"--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root", "--wd", "env", "-i",
 		"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8", "TERM=dumb"}, command...)...)
 	var stdout, stderr bytes.Buffer
@@ -242,7 +258,10 @@ func (m *Machine) Stop(t testing.TB) {
 			t.Errorf("%s does not stop", m.name)
 		}
 	}
-	m.nspawn.Process.Kill()
+	if m.leader != 0 {
+		syscall.Kill(m.leader, syscall.SIGKILL)
+	}
+	m.nspawn.Process.Signal(syscall.SIGTERM)
 	<-m.exited
 }
 

@@ -84,39 +84,3 @@ func release() (string, error) {
 	}
 	return is["VERSION_CODENAME"], nil
 }
-
-// makeGroups makes a control group for a machine in each hierarchy that nspawn
-// and systemd use, and returns their folders.
-func makeGroups(t testing.TB, name string) (groups []string) {
-	t.Helper()
-	for _, hierarchy := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"} {
-		if _, err := os.Stat(filepath.Join(hierarchy, "cgroup.procs")); err != nil {
-			continue
-		}
-		dir := filepath.Join(hierarchy, name)
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			t.Skipf("SKIPPED, and so not proven: no control group can be made here: %v", err)
-		}
-		groups = append(groups, dir)
-	}
-	if len(groups) == 0 {
-		t.Skip("SKIPPED, and so not proven: there are no control groups in /sys/fs/cgroup")
-	}
-	return groups
-}
-
-// removeGroups removes the groups and those that systemd made below them.
-func removeGroups(groups []string) {
-	for _, top := range groups {
-		var dirs []string
-		filepath.WalkDir(top, func(path string, d os.DirEntry, err error) error {
-			if err == nil && d.IsDir() {
-				dirs = append(dirs, path)
-			}
-			return nil
-		})
-		for i := len(dirs) - 1; i >= 0; i-- {
-			syscall.Rmdir(dirs[i])
-		}
-	}
-}
