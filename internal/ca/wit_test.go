@@ -458,6 +458,43 @@ func TestWITStateThatCannotBe(t *testing.T) {
 	}
 }
 
+// Off, nothing that is known of WIT keys is in the way, damaged or without a
+// record; it goes.
+func TestWITIsOffWhateverIsLeft(t *testing.T) {
+	for name, leave := range map[string]func(j *memJournal, wit *registry.Authority){
+		"a sealed key that cannot be read": func(j *memJournal, wit *registry.Authority) {
+			damaged := *wit
+			damaged.SealedKey = []byte("junk")
+			j.records[wit.ID] = &damaged
+		},
+		"a key without a record": func(j *memJournal, wit *registry.Authority) { delete(j.records, wit.ID) },
+		"a record without a key": func(j *memJournal, _ *registry.Authority) {
+			b := *j.bundle
+			b.WITAuthorities = nil
+			j.bundle = &b
+		},
+	} {
+		j := newJournal(t)
+		cfg := testConfig(t, Config{Journal: j, WIT: true})
+		openTest(t, cfg)
+		for _, r := range j.records {
+			if r.Kind == registry.KindWIT {
+				leave(j, r)
+			}
+		}
+		cfg.WIT = false
+		c, err := Open(t.Context(), cfg)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		isWIT := func(r *registry.Authority) bool { return r.Kind == registry.KindWIT }
+		if records, b, _ := j.LoadAuthorities(t.Context()); len(b.WITAuthorities) != 0 || slices.ContainsFunc(records, isWIT) || c.Bundle() != b {
+			t.Errorf("%s: still there: %v, %v", name, b.WITAuthorities, records)
+		}
+	}
+}
+
 // A proof is made with the key that the token names: what a holder does.
 func TestWITHolderProves(t *testing.T) {
 	c := openTest(t, Config{WIT: true})
@@ -507,6 +544,10 @@ func TestParsePublicKey(t *testing.T) {
 		if _, err := ParsePublicKey(data); !errors.Is(err, registry.ErrInvalid) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	// What is too large is not even parsed.
+	if _, err := ParsePublicKey(der(rsaPublic(32768, 65537))); err == nil || !strings.Contains(err.Error(), "at most 2048 are allowed") {
+		t.Errorf("RSA 32768: %v", err)
 	}
 	for _, key := range []crypto.PublicKey{ecKey(t, elliptic.P521()).Public(), rsaPublic(4096, 1<<31-1)} {
 		if got, err := ParsePublicKey(der(key)); err != nil || !equalKeys(key, got) {
