@@ -1,0 +1,214 @@
+package brokerapi
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	brokerpb "github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/spiffed/spiffed/internal/outlet"
+	"github.com/spiffed/spiffed/internal/peercred"
+	"github.com/spiffed/spiffed/internal/registry"
+)
+
+// SubscribeToX509SVID implements Broker API §5.2.1.
+func (e *endpoint) SubscribeToX509SVID(req *brokerpb.SubscribeToX509SVIDRequest, stream grpc.ServerStreamingServer[brokerpb.SubscribeToX509SVIDResponse]) error {
+	return e.follow(stream, req.Reference, func(u *registry.Update) (proto.Message, error) {
+		m := &brokerpb.SubscribeToX509SVIDResponse{FederatedBundles: outlet.FederatedX509Bundles(u)}
+		bundle := outlet.X509Bundle(u.Bundle)
+		for _, svid := range outlet.X509SVIDs(u, e.log) {
+			m.Svids = append(m.Svids, &brokerpb.X509SVID{SpiffeId: svid.ID, X509Svid: svid.Chain, X509SvidKey: svid.Key, Bundle: bundle, Hint: svid.Hint})
+		}
+		if len(m.Svids) == 0 || len(bundle) == 0 {
+			return nil, errNotReady // an incomplete response is not allowed
+		}
+		return m, e.fit(m, m.FederatedBundles, "")
+	})
+}
+
+// SubscribeToX509Bundles implements Broker API §5.2.2.
+func (e *endpoint) SubscribeToX509Bundles(req *brokerpb.SubscribeToX509BundlesRequest, stream grpc.ServerStreamingServer[brokerpb.SubscribeToX509BundlesResponse]) error {
+	return e.follow(stream, req.Reference, func(u *registry.Update) (proto.Message, error) {
+		m := &brokerpb.SubscribeToX509BundlesResponse{Bundles: outlet.FederatedX509Bundles(u)}
+		own := outlet.X509Bundle(u.Bundle)
+		if len(own) == 0 {
+			return nil, errNotReady
+		}
+		m.Bundles[u.Bundle.TrustDomain.IDString()] = own
+		return m, e.fit(m, m.Bundles, u.Bundle.TrustDomain.IDString())
+	})
+}
+
+// SubscribeToJWTBundles implements Broker API §6.2.2.
+func (e *endpoint) SubscribeToJWTBundles(req *brokerpb.SubscribeToJWTBundlesRequest, stream grpc.ServerStreamingServer[brokerpb.SubscribeToJWTBundlesResponse]) error {
+	return e.follow(stream, req.Reference, func(u *registry.Update) (proto.Message, error) {
+		m := &brokerpb.SubscribeToJWTBundlesResponse{Bundles: outlet.JWTBundles(u, e.log)}
+		if m.Bundles[u.Bundle.TrustDomain.IDString()] == nil {
+			return nil, errNotReady
+		}
+		return m, e.fit(m, m.Bundles, u.Bundle.TrustDomain.IDString())
+	})
+}
+
+// FetchJWTSVID implements Broker API §6.2.1.
+func (e *endpoint) FetchJWTSVID(ctx context.Context, req *brokerpb.FetchJWTSVIDRequest) (*brokerpb.FetchJWTSVIDResponse, error) {
+	p, err := find(req.Reference)
+	if err != nil {
+		return nil, err
+	}
+	defer p.Close()
+	if err := outlet.CheckAudience(req.Audience); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	var id spiffeid.ID
+	if req.SpiffeId != "" {
+		if id, err = registry.ParseID(req.SpiffeId); err != nil {
+			return nil, status.Error(codes.InvalidArgument, err.Error())
+		}
+	}
+	if c, ok := connOf(ctx); ok && !e.brokers[c.broker].jwts.Allow() {
+		return nil, status.Errorf(codes.Unavailable, "more than %d JWT-SVIDs a second", jwtRate)
+	}
+	process, err := e.attest(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	signing, cancel := context.WithTimeout(ctx, jwtTimeout)
+	defer cancel()
+	svids, err := e.cfg.Source.JWTSVIDs(signing, process.Selectors, req.Audience, id)
+	if err != nil {
+		return nil, e.sourceError(signing, p.PID, err)
+	}
+	m := &brokerpb.FetchJWTSVIDResponse{}
+	for _, svid := range outlet.JWTSVIDs(svids, e.log) {
+		m.Svids = append(m.Svids, &brokerpb.JWTSVID{SpiffeId: svid.ID.String(), Svid: svid.Token, Hint: svid.Hint})
+	}
+	if len(m.Svids) == 0 {
+		return nil, noIdentity(p.PID)
+	}
+	if err := e.fit(m, nil, ""); err != nil {
+		return nil, err
+	}
+	if err := process.Confirm(); err != nil {
+		return nil, trouble(p.PID, err)
+	}
+	e.gave(ctx, p)
+	return m, nil
+}
+
+// follow sends the broker what build makes of the identities of a process: at
+// once, and again in full whenever that has changed (§4.4). It ends the stream when
+// the process has ended (§4.9), and when it has no identities (any more).
+func (e *endpoint) follow(stream grpc.ServerStream, ref *brokerpb.WorkloadReference, build func(*registry.Update) (proto.Message, error)) error {
+	ctx := stream.Context()
+	p, err := find(ref)
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	process, err := e.attest(ctx, p)
+	if err != nil {
+		return err
+	}
+	ended := p.Done()
+	patience := time.NewTimer(signingTimeout)
+	defer patience.Stop()
+	var (
+		last *registry.Update
+		sent proto.Message
+	)
+	for {
+		update, changed, err := e.cfg.Source.Current(process.Selectors)
+		if process.Outdated(e.cfg.Source.Wants) {
+			// After Current, so that an entry seen there was seen here.
+			if process, err = e.attest(ctx, p); err != nil {
+				return err
+			}
+			continue
+		}
+		switch {
+		case errors.Is(err, registry.ErrNotReady) && changed != nil:
+			// The SVID is on its way, or the one there was is the last for now.
+		case err != nil:
+			return e.sourceError(ctx, p.PID, err)
+		case len(update.Identities) == 0:
+			return noIdentity(p.PID)
+		case last == nil || !outlet.Same(last, update):
+			msg, err := build(update)
+			if err != nil {
+				return err
+			}
+			if sent == nil || !proto.Equal(sent, msg) {
+				if sent != nil {
+					// It may be in other groups by now, or another unit.
+					again, err := e.attest(ctx, p)
+					if err != nil {
+						return err
+					}
+					moved := !slices.Equal(again.Selectors, process.Selectors)
+					if process = again; moved {
+						continue
+					}
+				} else if err := process.Confirm(); err != nil {
+					return trouble(p.PID, err)
+				}
+				if err := stream.SendMsg(msg); err != nil {
+					return err
+				}
+				if sent == nil {
+					e.gave(ctx, p)
+				}
+				sent = msg
+				patience.Stop()
+			}
+			last = update
+		}
+		select {
+		case <-changed:
+		case <-patience.C:
+			return errNotReady
+		case <-ended:
+			return about(notFound, "process %d has ended", p.PID)
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		}
+	}
+}
+
+// gave logs that a broker was given something of a process.
+func (e *endpoint) gave(ctx context.Context, p *peercred.Peer) {
+	c, _ := connOf(ctx)
+	method, _ := grpc.Method(ctx)
+	e.log.Info("answered a broker for a process", "type", "audit", "method", method, "broker_id", c.broker, "pid", p.PID, "uid", p.UID)
+}
+
+func noIdentity(pid int32) error { return about(notEntitled, "no identity issued to process %d", pid) }
+
+// sourceError is the answer to a broker when the agent has none.
+func (e *endpoint) sourceError(ctx context.Context, pid int32, err error) error {
+	switch {
+	case errors.Is(err, registry.ErrNotEntitled):
+		return noIdentity(pid)
+	case errors.Is(err, registry.ErrInvalid):
+		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, registry.ErrNotReady), ctx.Err() != nil:
+		return errNotReady
+	}
+	e.log.Error("the agent could not answer a broker", "err", err)
+	return status.Error(codes.Unavailable, "the agent cannot answer at the moment")
+}
+
+// fit is outlet.Fit with an error for the caller.
+func (e *endpoint) fit(m proto.Message, bundles map[string][]byte, keep string) error {
+	if err := outlet.Fit(m, bundles, keep, e.log); err != nil {
+		return status.Error(codes.ResourceExhausted, err.Error())
+	}
+	return nil
+}
