@@ -42,12 +42,21 @@ func entry(t testing.TB, name string, selectors ...string) *registry.Entry {
 // set are filled in.
 func serve(t testing.TB, cfg Config) (socket string, stop func() error) {
 	t.Helper()
+	return serveWith(t, newServer(cfg))
+}
+
+func newServer(cfg Config) *Server {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	if cfg.Attestors == nil {
 		cfg.Attestors = []attest.Workload{unix.New(unix.Config{Log: cfg.Log})}
 	}
+	return New(cfg)
+}
+
+func serveWith(t testing.TB, s *Server) (socket string, stop func() error) {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "wa")
 	if err != nil {
 		t.Fatal(err)
@@ -61,7 +70,7 @@ func serve(t testing.TB, cfg Config) (socket string, stop func() error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- New(cfg).Serve(ctx, l); close(done) }()
+	go func() { done <- s.Serve(ctx, l); close(done) }()
 	stop = func() error { cancel(); return <-done }
 	t.Cleanup(func() { stop() })
 	return socket, stop

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -75,12 +76,20 @@ func (c *conn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// Write does not wait for ever for a caller that has stopped to read.
+// Write does not wait for ever for a caller that has stopped to read. gRPC leaves
+// a connection open that could not be written to, until it cannot be read either.
 func (c *conn) Write(b []byte) (int, error) {
 	if err := c.Conn.SetWriteDeadline(time.Now().Add(c.s.patience.write)); err != nil {
 		return 0, err
 	}
-	return c.Conn.Write(b)
+	n, err := c.Conn.Write(b)
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		c.drop("what it is sent is not read in time")
+	case err != nil:
+		c.Close()
+	}
+	return n, err
 }
 
 // Close closes the connection and gives back what it holds. Only the first call

@@ -157,8 +157,13 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	status := s.serveHealth(ctx, g)
 	reflection.Register(g)
 
+	limited, err := newListener(l, s, ctx.Done())
+	if err != nil {
+		l.Close()
+		return fmt.Errorf("serving the Workload API on %q: %w", l.Addr(), err)
+	}
 	failed := make(chan error, 1)
-	go func() { failed <- g.Serve(&listener{Listener: l, s: s, stop: ctx.Done()}) }()
+	go func() { failed <- g.Serve(limited) }()
 	select {
 	case err := <-failed:
 		g.Stop()

@@ -1,0 +1,344 @@
+package workloadapi
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/reflection/grpc_reflection_v1"
+
+	"github.com/spiffed/spiffed/internal/registry"
+)
+
+func TestFit(t *testing.T) {
+	full := Limits{}.withDefaults()
+	if got := full.fit(0, 0); got != full {
+		t.Errorf("without bounds: %+v", got)
+	}
+	if got := full.fit(20000, 8<<30); got.TotalConnections != 7500 || got.Connections != full.Connections || got.TotalStreams != full.TotalStreams || got.TotalAttestations != 256 {
+		t.Errorf("20,000 files: %+v", got)
+	}
+	got := full.fit(1024, 0)
+	if got.TotalConnections != 384 || got.Connections != 180 || got.TotalAttestations != 32 || got.Attestations != 15 {
+		t.Errorf("1,024 files: %+v", got)
+	}
+	if files := got.TotalConnections*filesPerConn + got.TotalAttestations*filesPerAttest; files > 1024*7/8 {
+		t.Errorf("%d of 1,024 files", files)
+	}
+	for _, memory := range []int64{64 << 20, 128 << 20, 512 << 20} {
+		got := full.fit(0, memory)
+		if used := int64(got.TotalConnections*memoryPerConn + got.TotalStreams*memoryPerCall); used > memory/2 || used < memory/3 {
+			t.Errorf("%d bytes of %d: %+v", used, memory, got)
+		}
+		// One user alone leaves as much to the others.
+		if got.Connections > got.TotalConnections/2 || got.Streams > got.TotalStreams/2 {
+			t.Errorf("%d bytes: %+v", memory, got)
+		}
+	}
+	if got := full.fit(16, 1); got.TotalConnections < reserved || got.Connections < 1 || got.TotalAttestations < reserved || got.Attestations < 1 || got.Streams < 1 {
+		t.Errorf("hardly anything: %+v", got)
+	}
+}
+
+// What a user holds and begins is his own affair until it is everybody's, and some
+// of that is kept for the privileged.
+func TestShares(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		us := newUsers(Limits{Connections: 20, Streams: 20, TotalConnections: 32, TotalStreams: 32}.withDefaults())
+		conns := map[uint32][]*user{}
+		connect := func(uid uint32) error {
+			u, err := us.connect(uid)
+			if err == nil {
+				conns[uid] = append(conns[uid], u)
+			}
+			return err
+		}
+		want := func(err error, text string) {
+			t.Helper()
+			if text == "" && err != nil || text != "" && (err == nil || !strings.Contains(err.Error(), text)) {
+				t.Errorf("got %v, want %q", err, text)
+			}
+		}
+		for range 20 {
+			want(connect(7), "")
+		}
+		want(connect(7), "the processes of uid 7 hold 20 connections")
+		for range 10 {
+			want(connect(8), "")
+		}
+		want(connect(8), "the processes of all users hold 30 connections")
+		want(connect(0), "")
+		want(connect(0), "")
+		want(connect(0), "the processes of all users hold 32 connections")
+
+		seven, eight, root := conns[7][0], conns[8][0], conns[0][0]
+		for range 20 {
+			want(seven.begin(false), "")
+		}
+		want(seven.begin(false), "the processes of uid 7 hold 20 calls")
+		for range reflectionsPerUser {
+			want(eight.begin(true), "")
+		}
+		want(eight.begin(true), "calls for reflection")
+		want(eight.begin(false), "")
+		want(eight.begin(false), "")
+		want(eight.begin(false), "the processes of all users hold 30 calls")
+		want(root.begin(false), "")
+		want(root.begin(false), "")
+		want(root.begin(false), "the processes of all users hold 32 calls")
+
+		for uid, all := range conns {
+			for _, u := range all {
+				u.disconnect()
+			}
+			delete(conns, uid)
+		}
+		seven.end(20, 0)
+		eight.end(10, reflectionsPerUser)
+		root.end(2, 0)
+		if c, n := us.held(); c != 0 || n != 0 || us.connections.others != 0 || us.calls.others != 0 {
+			t.Errorf("%d connections and %d calls are left", c, n)
+		}
+		// They are forgotten in time.
+		time.Sleep(idleUser + time.Second)
+		want(connect(9), "")
+		if len(us.known) != 1 {
+			t.Errorf("%d users are known", len(us.known))
+		}
+	})
+}
+
+func TestRates(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		us := newUsers(Limits{CallsPerSecond: 10}.withDefaults())
+		opened := func(uid uint32) (n int) {
+			for {
+				u, err := us.connect(uid)
+				if err != nil {
+					if !strings.Contains(err.Error(), "faster than the limit") {
+						t.Error(err)
+					}
+					return n
+				}
+				n++
+				u.disconnect()
+			}
+		}
+		if n := opened(7); n != 20 {
+			t.Errorf("%d connections at once", n)
+		}
+		if n := opened(8); n != 20 { // another's rate is his own
+			t.Errorf("%d connections at once", n)
+		}
+		if n := opened(0); n != 20*reserved {
+			t.Errorf("%d connections of root at once", n)
+		}
+		time.Sleep(time.Second)
+		if n := opened(7); n != 10 {
+			t.Errorf("%d connections after a second", n)
+		}
+		u := us.known[7]
+		for i := range 20 {
+			if err := u.begin(false); err != nil {
+				t.Fatalf("call %d: %v", i, err)
+			}
+		}
+		if err := u.begin(false); err == nil || !strings.Contains(err.Error(), "begin calls faster") {
+			t.Errorf("got %v", err)
+		}
+		time.Sleep(100 * time.Millisecond)
+		if err := u.begin(false); err != nil {
+			t.Error(err)
+		}
+
+		// Units are paid for by waiting, and not at all if it would be too long.
+		rate := unitsPerSecond(us.limits)
+		if wait, _ := u.charge(2 * rate); wait != 0 {
+			t.Errorf("the first waits for %s", wait)
+		}
+		wait, giveBack := u.charge(rate)
+		if wait != time.Second {
+			t.Errorf("waits for %s", wait)
+		}
+		giveBack()
+		if wait, _ := u.charge(rate / 2); wait > 600*time.Millisecond {
+			t.Errorf("what was given back is lost: waits for %s", wait)
+		}
+	})
+}
+
+func TestOneLineASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log, text := newLog()
+		s := newServer(Config{Source: source(t), Log: log})
+		refuse := func(uid uint32) {
+			u, err := s.users.connect(uid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			u.disconnect()
+			s.overLimit("refused a call", u, 1, fmt.Errorf("too many"))
+		}
+		for range 100 {
+			refuse(7)
+			refuse(8)
+		}
+		if n := strings.Count(text.String(), "too many"); n != 2 {
+			t.Errorf("%d lines for two users", n)
+		}
+		time.Sleep(time.Second)
+		refuse(7)
+		if !strings.Contains(text.String(), "caller_uid=7 suppressed=99") {
+			t.Errorf("logged %s", text)
+		}
+	})
+}
+
+// Frames are told apart wherever a read ends.
+func TestFrameCounter(t *testing.T) {
+	stream := []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+	frames := []int{0, 5, 300, 0, 70000, 1}
+	for _, size := range frames {
+		stream = append(stream, byte(size>>16), byte(size>>8), byte(size), 6, 0, 0, 0, 0, 0)
+		stream = append(stream, make([]byte, size)...)
+	}
+	for _, step := range []int{1, 2, 7, 9, 10, 100, 4096, len(stream)} {
+		f := &frameCounter{}
+		units, reads := 0, 0
+		for b := stream; len(b) > 0; reads++ {
+			n := min(step, len(b))
+			units += f.units(b[:n]) - (n+bytesPerUnit-1)/bytesPerUnit
+			b = b[n:]
+		}
+		if units != len(frames) {
+			t.Errorf("by %d bytes: %d frames", step, units)
+		}
+	}
+}
+
+func FuzzFrameCounter(f *testing.F) {
+	f.Add([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"), 3)
+	f.Fuzz(func(t *testing.T, b []byte, at int) {
+		at = min(max(at, 0), len(b))
+		whole, parts := &frameCounter{}, &frameCounter{}
+		round := func(n int) int { return (n + bytesPerUnit - 1) / bytesPerUnit }
+		n := whole.units(b) - round(len(b))
+		m := parts.units(b[:at]) - round(at) + parts.units(b[at:]) - round(len(b)-at)
+		if n != m || n < 0 || n > len(b)/9 || whole.skip != parts.skip || whole.have != parts.have {
+			t.Fatalf("%d frames at once, %d in two parts", n, m)
+		}
+	})
+}
+
+// The connections and calls of a process in this one, which is privileged, so by
+// the totals.
+func TestLimitsInAll(t *testing.T) {
+	log, text := newLog()
+	s := newServer(Config{Source: source(t, entry(t, "web", "unix:uid:0")), Limits: Limits{TotalConnections: 2, TotalStreams: 3}, Log: log})
+	socket, _ := serveWith(t, s)
+	first := dial(t, socket)
+	ctx, cancel := context.WithCancel(header(t.Context()))
+	held, err := workloadpb.NewSpiffeWorkloadAPIClient(first).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := held.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	second := client(t, socket)
+	for range 2 {
+		if _, _, err := fetch(t, second); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, _, err = fetch(t, second)
+	wantCode(t, err, codes.Unavailable, "hold 3 calls, which is the limit")
+	_, _, err = fetch(t, client(t, socket))
+	wantCode(t, err, codes.Unavailable, "")
+	eventually(t, "the refusal in the log", func() bool { // the caller may see it first
+		return strings.Contains(text.String(), "hold 3 calls, which is the limit")
+	})
+	cancel()
+	eventually(t, "another call", func() bool {
+		_, _, err := fetch(t, second)
+		return err == nil
+	})
+	first.Close()
+	eventually(t, "another connection", func() bool { // which has no call to spare
+		_, _, err := fetch(t, client(t, socket))
+		return err != nil && strings.Contains(err.Error(), "hold 3 calls")
+	})
+}
+
+func TestReflectionsPerUser(t *testing.T) {
+	s := newServer(Config{Source: source(t)})
+	socket, _ := serveWith(t, s)
+	api := grpc_reflection_v1.NewServerReflectionClient(dial(t, socket))
+	ask := func(ctx context.Context) error {
+		stream, err := api.ServerReflectionInfo(ctx)
+		if err != nil {
+			return err
+		}
+		if err := stream.Send(&grpc_reflection_v1.ServerReflectionRequest{MessageRequest: &grpc_reflection_v1.ServerReflectionRequest_ListServices{}}); err != nil {
+			return err
+		}
+		_, err = stream.Recv()
+		return err
+	}
+	ctx, cancel := context.WithCancel(header(t.Context()))
+	for range reflectionsPerUser {
+		if err := ask(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wantCode(t, ask(header(t.Context())), codes.Unavailable, "calls for reflection, which is the limit")
+	cancel()
+	eventually(t, "one more", func() bool { return ask(header(t.Context())) == nil })
+}
+
+// signer is a source that has every token signed anew, or none.
+type signer struct {
+	registry.Source
+	cached atomic.Bool
+}
+
+func (s *signer) JWTSVIDs(ctx context.Context, sel []registry.Selector, audience []string, id spiffeid.ID) ([]*registry.JWTSVID, error) {
+	if !s.cached.Load() {
+		if err := registry.MaySign(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return s.Source.JWTSVIDs(ctx, sel, audience, id)
+}
+
+func TestSigningsPerSecond(t *testing.T) {
+	s := &signer{Source: source(t, entry(t, "web", "unix:uid:0"))}
+	socket, _ := serve(t, Config{Source: s, Limits: Limits{JWTSigningsPerSecond: 1}})
+	c := client(t, socket)
+	ask := func() error {
+		_, err := c.FetchJWTSVID(header(t.Context()), &workloadpb.JWTSVIDRequest{Audience: []string{"a"}})
+		return err
+	}
+	signed := 0
+	var err error
+	for ; err == nil && signed < 10000; signed++ {
+		err = ask()
+	}
+	wantCode(t, err, codes.Unavailable, "have JWT-SVIDs signed faster than the limit")
+	if signed < 2*reserved {
+		t.Errorf("only %d were signed", signed)
+	}
+	s.cached.Store(true)
+	for range 100 {
+		if err := ask(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
