@@ -23,11 +23,13 @@ import (
 
 	"github.com/spiffed/spiffed/internal/agent"
 	"github.com/spiffed/spiffed/internal/agent/cache"
+	"github.com/spiffed/spiffed/internal/brokerapi"
 	"github.com/spiffed/spiffed/internal/ca"
 	"github.com/spiffed/spiffed/internal/clock"
 	"github.com/spiffed/spiffed/internal/config"
 	"github.com/spiffed/spiffed/internal/delegated"
 	"github.com/spiffed/spiffed/internal/durable"
+	"github.com/spiffed/spiffed/internal/registry"
 	"github.com/spiffed/spiffed/internal/server"
 	"github.com/spiffed/spiffed/internal/store"
 	"github.com/spiffed/spiffed/internal/unixsocket"
@@ -52,13 +54,15 @@ type host struct {
 	ca     *ca.CA
 	server *server.Server
 
-	agent        *agent.Agent // nil without the agent role; so are the next six
+	agent        *agent.Agent // nil without the agent role; so are the next eight
 	agentFolder  io.Closer    // held
 	cache        *cache.Cache // nil as well if there can be none
 	agentAdminAt net.Listener
 	delegated    *delegated.Server // on agentAdminAt
 	workloads    *workloadapi.Server
 	workloadsAt  net.Listener
+	brokers      *brokerapi.Server // nil as well unless it is switched on
+	brokersAt    net.Listener
 
 	healthAt      net.Listener // nil: not wanted, or its address is not there yet
 	closeOnFailed []io.Closer  // while the host is being built
@@ -184,6 +188,7 @@ func (h *host) buildAgent(ctx context.Context) error {
 	settings.DataDir = cfg.DataDir
 	settings.SyncInterval = cfg.SyncInterval
 	settings.KeyType = string(cfg.WorkloadKeyType)
+	settings.WIT = cfg.Experimental.WITSVID
 	settings.WorkloadSocket = cfg.WorkloadSocket
 	settings.Version = version()
 	settings.Log = h.log
@@ -228,13 +233,42 @@ func (h *host) buildAgent(ctx context.Context) error {
 		return fmt.Errorf("agent.workload_socket: %w", err)
 	}
 	h.closeOnFailed = append(h.closeOnFailed, h.workloadsAt)
+	var wit registry.WITSource // nil: off
+	if cfg.Experimental.WITSVID {
+		wit = h.agent
+	}
 	h.workloads = workloadapi.New(workloadapi.Config{
 		Source:    h.agent,
+		WIT:       wit,
 		Attestors: attestors,
 		Ready:     h.agent.Serving,
 		Limits:    workloadLimits(&cfg.Limits),
 		Memory:    limitMemory(),
 		Log:       h.log,
+	})
+	if cfg.Experimental.BrokerSocket == "" {
+		return nil
+	}
+	for _, broker := range cfg.Experimental.Brokers {
+		if !broker.MemberOf(settings.TrustDomain) {
+			return fmt.Errorf("agent.experimental.brokers: %q is not of the trust domain %q, by whose bundle brokers are verified", broker, settings.TrustDomain)
+		}
+	}
+	// Its mutual TLS decides; that workloads cannot even connect is one thing more.
+	h.brokersAt, err = unixsocket.Listen(unixsocket.Config{Path: cfg.Experimental.BrokerSocket, Mode: 0o660, Group: adminGroup(group)})
+	if err != nil {
+		return fmt.Errorf("agent.experimental.broker_socket: %w", err)
+	}
+	h.closeOnFailed = append(h.closeOnFailed, h.brokersAt)
+	h.brokers = brokerapi.New(brokerapi.Config{
+		Source:             h.agent,
+		Attestors:          attestors,
+		Own:                h.agent.OwnSVID,
+		Brokers:            cfg.Experimental.Brokers,
+		Ready:              h.agent.Serving,
+		AttestationTimeout: cfg.Limits.AttestationTimeout,
+		Now:                settings.Clock.Now,
+		Log:                h.log,
 	})
 	return nil
 }
@@ -355,6 +389,10 @@ func (h *host) run(ctx context.Context) error {
 		group.Go(func() error { return h.agent.Run(ctx) })
 		group.Go(func() error { return h.agent.ServeAdmin(ctx, h.agentAdminAt, h.delegated.Register) })
 		group.Go(func() error { return h.workloads.Serve(ctx, h.workloadsAt) })
+		if h.brokers != nil {
+			group.Go(func() error { return h.brokers.Serve(ctx, h.brokersAt) })
+			h.log.Info("the Broker API is on", "socket", h.cfg.Agent.Experimental.BrokerSocket, "brokers", len(h.cfg.Agent.Experimental.Brokers))
+		}
 		h.log.Info("agent started", "workload_socket", h.cfg.Agent.WorkloadSocket, "version", version())
 	}
 	if h.cfg.Health.Listen != "" {

@@ -22,10 +22,15 @@ type build struct {
 	Modified bool   `json:"modified,omitempty"` // from a tree with changes
 	Go       string `json:"go"`
 	Platform string `json:"platform"`
+	SPIFFE   string `json:"spiffe"` // the revision of the SPIFFE specifications
 }
 
+// spiffeRevision names the commit of the SPIFFE specifications that this program
+// keeps to: what is incubating in them may be another thing in the next one.
+const spiffeRevision = "665a28f"
+
 func readBuild() build {
-	b := build{Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
+	b := build{Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH, SPIFFE: spiffeRevision}
 	info, ok := debug.ReadBuildInfo()
 	if ok {
 		if info.Main.Version != "(devel)" {
@@ -51,9 +56,10 @@ func readBuild() build {
 
 func newVersionCommand(c *cli) *cobra.Command {
 	return &cobra.Command{
-		Use:               "version",
-		Short:             "Print the version",
-		Long:              `Prints the version, and what it was built from and with.`,
+		Use:   "version",
+		Short: "Print the version",
+		Long: `Prints the version, and what it was built from and with. With --output json also
+which revision (commit) of the SPIFFE specifications it keeps to.`,
 		Example:           `  spiffed version --output json`,
 		Args:              noArgs,
 		ValidArgsFunction: noFiles,

@@ -9,6 +9,7 @@
 package brokerapi
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,7 +34,6 @@ import (
 // Limits that are not worth a setting: there are few brokers, and they are known.
 const (
 	handshakeTimeout = 5 * time.Second
-	attestTimeout    = time.Second
 	attestQueueTime  = 2 * time.Second  // for the broker's share of attestations
 	signingTimeout   = 5 * time.Second  // how long a broker waits for an SVID on its way
 	jwtTimeout       = 10 * time.Second // for the server to sign JWT-SVIDs
@@ -72,6 +72,10 @@ type Config struct {
 	// that is closed when that may have changed. Nil: always.
 	Ready func() (ready bool, changed <-chan struct{})
 
+	// AttestationTimeout bounds how long it may take to find out what a process
+	// is; 0: 1 s.
+	AttestationTimeout time.Duration
+
 	Now func() time.Time // by which certificates expire; nil: time.Now
 }
 
@@ -93,6 +97,7 @@ func New(cfg Config) *Server {
 	if cfg.Now == nil {
 		cfg.Now = func() time.Time { return time.Now().Round(0) }
 	}
+	cfg.AttestationTimeout = cmp.Or(cfg.AttestationTimeout, time.Second)
 	if cfg.Ready == nil {
 		cfg.Ready = func() (bool, <-chan struct{}) { return true, nil }
 	}

@@ -88,7 +88,7 @@ func (e *endpoint) attest(ctx context.Context, p *peercred.Peer) (*attest.Proces
 	case <-waiting.Done():
 		return nil, status.Error(codes.Unavailable, "too many processes are being attested for this broker")
 	}
-	ctx, cancel = context.WithTimeout(ctx, attestTimeout)
+	ctx, cancel = context.WithTimeout(ctx, e.cfg.AttestationTimeout)
 	defer cancel()
 	type outcome struct {
 		process *attest.Process
