@@ -667,3 +667,37 @@ func ownPIDMax(t *testing.T) bool {
 	fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
 	return major > 6 || major == 6 && minor >= 14
 }
+
+func BenchmarkRead(b *testing.B) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	var ends [2]*net.UnixConn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "")
+		c, err := net.FileConn(f)
+		f.Close()
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer c.Close()
+		ends[i] = c.(*net.UnixConn)
+	}
+	if err := passCredentials(ends[0]); err != nil {
+		b.Fatal(err)
+	}
+	p, err := FromPID(int32(os.Getpid()))
+	if err != nil {
+		b.Fatal(err)
+	}
+	c := newConn(ends[0], p, nil)
+	defer c.Close()
+	in, out := make([]byte, 4096), make([]byte, 100)
+	for b.Loop() {
+		ends[1].Write(out)
+		if _, err := c.Read(in); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -38,6 +38,8 @@ func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update)
 	var (
 		last *registry.Update
 		sent proto.Message
+
+		waited = false // since the caller was attested
 	)
 	for {
 		update, changed, err := e.source.Current(c.Selectors)
@@ -47,6 +49,7 @@ func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update)
 				c = again
 				continue
 			}
+			waited = true // for that
 		}
 		switch {
 		case errors.Is(err, registry.ErrNotReady) && changed != nil:
@@ -62,14 +65,14 @@ func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update)
 				return err
 			}
 			if sent == nil || !proto.Equal(sent, msg) {
-				entitled, err := e.stillEntitled(ctx, c, sent != nil)
-				if err != nil {
-					return err
-				}
-				moved := !slices.Equal(entitled.Selectors, c.Selectors)
-				c = entitled
-				if moved {
-					continue // what it may have now is another question
+				if waited {
+					was := c.Selectors
+					if c, err = e.stillEntitled(ctx, c, sent != nil); err != nil {
+						return err
+					}
+					if !slices.Equal(c.Selectors, was) {
+						continue // what it may have now is another question
+					}
 				}
 				if err := stream.SendMsg(msg); err != nil {
 					return err
@@ -79,6 +82,7 @@ func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update)
 			}
 			last = update
 		}
+		waited = true
 		select {
 		case <-changed:
 		case <-patience.C:
@@ -93,8 +97,8 @@ func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update)
 }
 
 // stillEntitled looks again at who is about to be told something. Before a first
-// message it is enough that the process is what was attested just now. Later it may
-// be in other groups, or another unit, so it is attested again.
+// message it is enough that the process is what was attested. Later it may be in
+// other groups, or another unit, so it is attested again.
 func (e *endpoint) stillEntitled(ctx context.Context, c *attest.Process, later bool) (*attest.Process, error) {
 	if later {
 		return e.attest(ctx)
