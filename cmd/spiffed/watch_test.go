@@ -187,7 +187,7 @@ func TestWatch(t *testing.T) {
 		t.Error(line)
 	}
 
-	// Taken away, and given again much sooner than go-spiffe would ask.
+	// Taken away, and given again.
 	l.set()
 	stdout.has(t, `x509-svid    gone     spiffe://example.org/api  default`)
 	stdout.has(t, `x509-bundle  gone     example.org`)
@@ -252,5 +252,25 @@ func TestWatchForScripts(t *testing.T) {
 	defer other.Stop()
 	if code, _, stderr := run("watch"); code != exitFailed || !strings.Contains(stderr, "is no agent of spiffed") {
 		t.Errorf("exit %d: %s", code, stderr)
+	}
+}
+
+// TestRetry: soon at first, and never as far apart as a person's patience.
+func TestRetry(t *testing.T) {
+	t.Parallel()
+	backoff := retrying{}.NewBackoff()
+	for range 2 {
+		if first := backoff.Next(); first > 2*retryFirst {
+			t.Errorf("the first wait is %s", first)
+		}
+		for range 100 {
+			if next := backoff.Next(); next < retryFirst/2 || next > retryMost*11/10 {
+				t.Fatalf("a wait of %s", next)
+			}
+		}
+		if late := backoff.Next(); late < retryMost/2 {
+			t.Errorf("after a hundred tries, a wait of %s", late)
+		}
+		backoff.Reset()
 	}
 }
