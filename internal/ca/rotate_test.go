@@ -42,7 +42,7 @@ func signJWTIn(t *testing.T, c *CA, ttl time.Duration) (svid *registry.JWTSVID, 
 	return svid, header["kid"].(string)
 }
 
-// Four months of rotation: FED-2, FED-3, A18, BND-4, BND-5, JWT-24.
+// Four months of rotation: FED-2..4, A18, BND-4, BND-5, JWT-24.
 func TestRotation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		j := newJournal(t)

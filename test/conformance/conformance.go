@@ -1,18 +1,23 @@
-// Package conformance holds a Workload API endpoint against the SPIFFE Workload
-// Endpoint, Workload API and JWT-SVID specifications, from outside: with raw
-// gRPC stubs on a unix socket and with processes of several users, which needs
-// root. Each row is named for the statements that it proves, as in the checklist
-// of the specifications (WEP: Workload Endpoint, WAPI: Workload API, JWT:
-// JWT-SVID, BND: Trust Domain and Bundle; A and G: ambiguities and traps).
+// Package conformance holds a Workload API endpoint, and the server whose SVIDs
+// it hands out, against the SPIFFE specifications, from outside: with raw gRPC
+// stubs on their sockets and with processes of several users, which needs root.
+// Each row is named for the statements that it proves, as in our checklist of the
+// specifications (checklist.go), and of their ambiguities and traps (A and G).
+// What comes of it is a table, which the log of the test ends with:
+//
+//	go test -v -run TestConformance ./test/e2e | grep -A300 CHECKLIST
 //
 // It knows nothing of how an endpoint comes by its answers: a System is all that
-// is asked of it.
+// is asked of it. Two are put to the test: the endpoint alone, fed by the test
+// (in this package), and the real programs (test/e2e).
 package conformance
 
 import (
 	"context"
+	"flag"
 	"net"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -52,42 +57,76 @@ type System interface {
 // patience is how long a row may wait for anything.
 const patience = 30 * time.Second
 
-// Ability is what a row asks of a System that not every System has yet.
+// Ability is what a row asks of a System that not every System has.
 type Ability string
 
-// Federation is to serve the bundles of other trust domains.
-const Federation Ability = "federation"
+const (
+	// Federation is to serve the bundles of other trust domains.
+	Federation Ability = "federation"
+	// Issuance is to be an Issuer.
+	Issuance Ability = "issuance"
+	// WIT is to be an Issuer that has the WIT profile switched on.
+	WIT Ability = "the WIT profile"
+	// Brokerage is to be a Broker.
+	Brokerage Ability = "the Broker API"
+)
 
-// Run runs all rows, each on a system of its own that has no entries yet, but
-// those that need an ability that the system is without. They are named in the
-// log; whoever says so proves that it is so, and that it stops saying so.
-func Run(t *testing.T, start func(*testing.T) System, without ...Ability) {
-	for _, row := range rows {
-		if slices.Contains(without, row.needs) {
-			t.Logf("without %s: %s", row.needs, row.ids)
-			continue
+// Run runs all rows, each on a system of its own that has no entries yet and is
+// started with what the row needs, but
+// those that need an ability that the system is without: whoever says so proves
+// that it is so, or that the rows are run elsewhere. Then it prints the table of
+// the checklist, and fails if a statement of it is neither proved nor accounted
+// for. With a pattern that leaves out rows there is no table.
+func Run(t *testing.T, start func(*testing.T, Ability) System, without ...Ability) {
+	passed := &record{}
+	t.Run("rows", func(t *testing.T) { // until all of them have ended
+		for _, row := range rows {
+			if !slices.Contains(without, row.needs) {
+				row.run(t, start, passed)
+			}
 		}
-		t.Run(row.ids, func(t *testing.T) {
-			t.Parallel()
-			s := &suite{System: start(t), t: t}
-			ctx, cancel := context.WithTimeout(t.Context(), patience)
-			defer cancel()
-			s.ctx = ctx
-			s.WorkloadAPI = workloadpb.NewSpiffeWorkloadAPIClient(s.dial())
-			row.test(s)
-		})
+	})
+	if pattern := flag.Lookup("test.run").Value.String(); strings.Contains(pattern, "/") {
+		t.Logf("no table: -run %s leaves out rows", pattern)
+		return
+	}
+	passed.table(t, without)
+}
+
+// RunSome runs the rows that some says yes to, by their names, and prints no
+// table.
+func RunSome(t *testing.T, start func(*testing.T, Ability) System, some func(row string, needs Ability) bool) {
+	for _, row := range rows {
+		if some(row.name, row.needs) {
+			row.run(t, start, &record{})
+		}
 	}
 }
 
+// row is one test. Its name begins with the statements that it proves, and a
+// colon; without those, it is of no statement.
 type row struct {
-	ids   string
+	name  string
 	needs Ability // or none
 	test  func(*suite)
 }
 
-var rows []row
+func (r *row) run(t *testing.T, start func(*testing.T, Ability) System, passed *record) {
+	t.Run(r.name, func(t *testing.T) {
+		t.Parallel()
+		s := &suite{System: start(t, r.needs), t: t}
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		s.ctx = ctx
+		s.WorkloadAPI = workloadpb.NewSpiffeWorkloadAPIClient(s.dial())
+		r.test(s)
+		if !t.Failed() && !t.Skipped() {
+			passed.add(r)
+		}
+	})
+}
 
-func init() { rows = append(append(append(rows, endpointRows...), x509Rows...), jwtRows...) }
+var rows = slices.Concat(endpointRows, idRows, x509Rows, jwtRows, issuerRows, witRows, brokerRows)
 
 type suite struct {
 	System

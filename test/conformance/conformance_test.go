@@ -5,12 +5,16 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
 
 	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/attest/unix"
+	"github.com/spiffed/spiffed/internal/registry"
 	"github.com/spiffed/spiffed/internal/unixsocket"
 	"github.com/spiffed/spiffed/internal/workloadapi"
 	"github.com/spiffed/spiffed/internal/workloadapi/workloadtest"
@@ -37,7 +41,9 @@ func (f *fed) Token(typ string, claims map[string]any) string {
 func (f *fed) KeyID() string { return f.Authority().KeyID }
 func (f *fed) Stop()         { f.stop() }
 
-func startFed(t *testing.T) *fed {
+func startFed(t *testing.T) *fed { return startFedOf(t, "example.org") }
+
+func startFedOf(t *testing.T, trustDomain string) *fed {
 	dir, err := os.MkdirTemp("", "wc")
 	if err != nil {
 		t.Fatal(err)
@@ -46,7 +52,7 @@ func startFed(t *testing.T) *fed {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	f := &fed{td: spiffeid.RequireTrustDomainFromString("example.org"), socket: filepath.Join(dir, "workload.sock")}
+	f := &fed{td: spiffeid.RequireTrustDomainFromString(trustDomain), socket: filepath.Join(dir, "workload.sock")}
 	f.Source = workloadtest.NewSource(t, f.td)
 	f.stop = serveFed(t, f.Source, f.socket)
 	return f
@@ -74,5 +80,46 @@ func serveFed(t *testing.T, source *workloadtest.Source, socket string) (stop fu
 }
 
 func TestWorkloadAPI(t *testing.T) {
-	Run(t, func(t *testing.T) System { return startFed(t) })
+	Run(t, func(t *testing.T, _ Ability) System { return startFed(t) }, Issuance, WIT, Brokerage)
+}
+
+// ID-10: nothing is another because of the name of the trust domain.
+func TestOtherTrustDomains(t *testing.T) {
+	for _, name := range OtherTrustDomains {
+		t.Run(name[:min(len(name), 20)], func(t *testing.T) {
+			RunSome(t, func(t *testing.T, _ Ability) System { return startFedOf(t, name) }, func(_ string, needs Ability) bool { return needs == "" || needs == Federation })
+		})
+	}
+}
+
+// BND-1, BND-9, BND-12: a trust domain that has withdrawn all keys has none, and
+// says so with an array.
+func TestEmptyJWTBundle(t *testing.T) {
+	f := startFed(t)
+	s := &suite{System: f, t: t, ctx: t.Context()}
+	s.WorkloadAPI = workloadpb.NewSpiffeWorkloadAPIClient(s.dial())
+	s.Put(s.entry("web", own))
+	token := s.Token("JWT", s.claims(nil))
+	must[*workloadpb.ValidateJWTSVIDResponse](s)(s.validate(token, "a"))
+	stream, _ := open(s, s.WorkloadAPI.FetchJWTBundles)
+	b := f.Authority().Bundle()
+	f.SetBundle(&registry.Bundle{TrustDomain: b.TrustDomain, X509Authorities: b.X509Authorities, Sequence: 2})
+	r := must[*workloadpb.JWTBundlesResponse](s)(stream.Recv())
+	if got := string(r.Bundles[s.id("")]); got != `{"keys":[]}` {
+		t.Errorf("the bundle is %s", got)
+	}
+	_, err := s.validate(token, "a")
+	s.wantCode("a token of the withdrawn key", err, codes.InvalidArgument)
+}
+
+// STB-1: the revision that all of this is about is on record.
+func TestRevision(t *testing.T) {
+	root, _ := module(t)
+	design, err := os.ReadFile(filepath.Join(root, "docs", "design.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if commit, _, _ := strings.Cut(revision, " "); !strings.Contains(string(design), commit) {
+		t.Errorf("docs/design.md does not say that the specifications are those of %s", commit)
+	}
 }

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -60,13 +62,22 @@ var endpointRows = []row{
 			}
 		}
 	}},
-	{"WEP-3,WEP-10,WEP-15,WEP-17,WAPI-1,WAPI-5: all five RPCs answer a bare client", "", func(s *suite) {
+	{"WEP-3,WEP-10,WEP-15,WEP-17,WEP-25,WAPI-1,WAPI-5: all five RPCs answer a bare client", "", func(s *suite) {
 		s.Put(s.entry("web", own))
 		open(s, s.WorkloadAPI.FetchX509SVID)
 		open(s, s.WorkloadAPI.FetchX509Bundles)
 		open(s, s.WorkloadAPI.FetchJWTBundles)
 		svids := must[*workloadpb.JWTSVIDResponse](s)(s.WorkloadAPI.FetchJWTSVID(s.call(), &workloadpb.JWTSVIDRequest{Audience: []string{"a"}}))
 		must[*workloadpb.ValidateJWTSVIDResponse](s)(s.WorkloadAPI.ValidateJWTSVID(s.call(), &workloadpb.ValidateJWTSVIDRequest{Audience: "a", Svid: svids.Svids[0].Svid}))
+	}},
+	{"WEP-1,WEP-5: a unix socket that every user may open, and nobody else's folder", "", func(s *suite) {
+		info := must[os.FileInfo](s)(os.Stat(s.Socket()))
+		if info.Mode().Type() != os.ModeSocket || info.Mode().Perm()&0o222 != 0o222 {
+			s.t.Errorf("%s is %s", s.Socket(), info.Mode())
+		}
+		if folder := must[os.FileInfo](s)(os.Stat(filepath.Dir(s.Socket()))); folder.Mode().Perm()&0o022 != 0 {
+			s.t.Errorf("others may put a socket in its place: %s", folder.Mode())
+		}
 	}},
 	{"WEP-19: not ready is Unavailable", "", func(s *suite) {
 		s.Put(s.entry("web", own))
@@ -107,7 +118,7 @@ var endpointRows = []row{
 		token := s.Token("JWT", s.claims(nil))
 		must[*workloadpb.ValidateJWTSVIDResponse](s)(s.WorkloadAPI.ValidateJWTSVID(s.call(), &workloadpb.ValidateJWTSVIDRequest{Audience: "a", Svid: token}))
 	}},
-	{"WEP-22,WAPI-51: the WIT profile is Unimplemented", "", func(s *suite) {
+	{"WEP-22,WAPI-51,WIT-42,STB-2: the WIT profile is Unimplemented unless it is switched on", "", func(s *suite) {
 		s.Put(s.entry("web", own))
 		conn := s.dial()
 		for _, method := range []string{"/SpiffeWorkloadAPI/FetchWITSVID", "/SpiffeWorkloadAPI/FetchWITBundles", "/SpiffeWorkloadAPI/NoSuchMethod", "/no.such.Service/Method"} {

@@ -202,7 +202,7 @@ var jwtRows = []row{
 		_, err = s.validate(token, "a")
 		s.wantCode("JWT-26: after they have withdrawn their JWT keys", err, codes.InvalidArgument)
 	}},
-	{"JWT-1,3,5,7,11,15,16,17,18,25: bad tokens", "", func(s *suite) {
+	{"ID-30,JWT-1,JWT-3,JWT-5,JWT-7,JWT-11,JWT-15,JWT-16,JWT-17,JWT-18,WAPI-46,WAPI-50: bad tokens", "", func(s *suite) {
 		s.Put(s.entry("web", own))
 		now := time.Now()
 		good := s.Token("JWT", s.claims(nil))
@@ -261,7 +261,7 @@ var jwtRows = []row{
 			{"JWT-17: issued in the future", with(map[string]any{"iat": now.Add(5 * time.Minute).Unix()}), "not valid yet"},
 			{"JWT-9: no subject", with(map[string]any{"sub": nil}), "sub"},
 			{"JWT-9: subject is no SPIFFE ID", with(map[string]any{"sub": "web"}), "sub"},
-			{"JWT-9: upper case", with(map[string]any{"sub": "spiffe://" + strings.ToUpper(s.TrustDomain().Name()) + "/web"}), "sub"},
+			{"JWT-9: upper case", with(map[string]any{"sub": "SPIFFE://" + s.TrustDomain().Name() + "/web"}), "sub"},
 			{"WAPI-50: unknown trust domain", with(unknown), "no bundle"},
 			{"JWT-18: another key", signed(jose.ES256, jwk(p256), nil), "signature is wrong"},
 			{"JWT-18: flipped", parts[0] + "." + parts[1] + "." + string(flipped), "signature is wrong"},

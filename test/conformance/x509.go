@@ -67,15 +67,31 @@ func ids(r *workloadpb.X509SVIDResponse) (out []string) {
 }
 
 var x509Rows = []row{
-	{"WAPI-20,WAPI-25,WAPI-26,WAPI-27: every field of every X509SVID", "", func(s *suite) {
+	{"WAPI-20,WAPI-25,WAPI-26,WAPI-27,WAPI-29: every field of every X509SVID", "", func(s *suite) {
 		s.Put(s.entry("a", own), s.entry("b", own))
 		_, r := open(s, s.WorkloadAPI.FetchX509SVID)
-		if len(r.Svids) != 2 || len(r.FederatedBundles) != 0 {
+		if len(r.Svids) != 2 || len(r.FederatedBundles) != 0 || len(r.Crl) != 0 {
 			s.t.Fatalf("%d SVIDs, %d federated bundles", len(r.Svids), len(r.FederatedBundles))
 		}
 		for _, svid := range r.Svids {
 			s.checkSVID(svid)
 		}
+	}},
+	{"WAPI-10: what is of no interest to a caller is not told", "", func(s *suite) {
+		s.Put(s.entry("a", own))
+		stream, first := open(s, s.WorkloadAPI.FetchX509SVID)
+		const changes = 20
+		for i := range changes {
+			s.Put(s.entry(fmt.Sprint("other-", i), "unix:uid:4001")) // as above, of no interest
+		}
+		s.Rotate("a")
+		next := must[*workloadpb.X509SVIDResponse](s)(stream.Recv())
+		if bytes.Equal(next.Svids[0].X509Svid, first.Svids[0].X509Svid) {
+			s.t.Error("a message without a change")
+		}
+		s.Delete("a")
+		_, err := stream.Recv()
+		s.wantCode("the end", err, codes.PermissionDenied)
 	}},
 	{"WAPI-11: the first response comes at once", "", func(s *suite) {
 		s.Put(s.entry("a", own))
@@ -118,12 +134,42 @@ var x509Rows = []row{
 			r = must[*workloadpb.X509SVIDResponse](s)(stream.Recv())
 		}
 	}},
+	{"WAPI-65: the default is chosen by hint, then order, then age, in every list", "", func(s *suite) {
+		var want []string
+		add := func(name, hint string, order int32, age time.Duration) *registry.Entry {
+			e := s.entry(name, own)
+			e.Hint, e.Order, e.CreatedAt = hint, order, e.CreatedAt.Add(-age)
+			want = append(want, s.id("/"+name))
+			return e
+		}
+		all := []*registry.Entry{ // as they are to come
+			add("f", "", -1, 0),
+			add("e", "", 0, time.Hour),
+			add("d", "", 0, 0),
+			add("c", "", 7, 2*time.Hour),
+			add("b", "a hint", 9, 0),
+			add("a", "b hint", -9, 3*time.Hour),
+		}
+		s.Put(all[3], all[0], all[5], all[2], all[4], all[1])
+		for range 2 {
+			_, r := open(s, s.WorkloadAPI.FetchX509SVID)
+			tokens := must[*workloadpb.JWTSVIDResponse](s)(s.WorkloadAPI.FetchJWTSVID(s.call(), &workloadpb.JWTSVIDRequest{Audience: []string{"x"}}))
+			var got []string
+			for _, svid := range tokens.Svids {
+				got = append(got, svid.SpiffeId)
+			}
+			if !slices.Equal(ids(r), want) || !slices.Equal(got, want) {
+				s.t.Errorf("X509-SVIDs %q, JWT-SVIDs %q, want %q", ids(r), got, want)
+			}
+			s.Rotate("f")
+		}
+	}},
 	{"WAPI-21: hints are unique, the older entry keeps it", "", func(s *suite) {
 		first, second, third, fourth := s.entry("a", own), s.entry("b", own), s.entry("c", own), s.entry("d", own)
 		first.Hint, second.Hint = "internal", "internal"
 		s.Put(second, first, third, fourth)
 		_, r := open(s, s.WorkloadAPI.FetchX509SVID)
-		if got, want := ids(r), []string{s.id("/a"), s.id("/c"), s.id("/d")}; !slices.Equal(got, want) || r.Svids[0].Hint != "internal" || r.Svids[1].Hint != "" {
+		if got, want := ids(r), []string{s.id("/c"), s.id("/d"), s.id("/a")}; !slices.Equal(got, want) || r.Svids[2].Hint != "internal" || r.Svids[1].Hint != "" {
 			s.t.Errorf("%q, want %q", got, want)
 		}
 	}},
@@ -152,7 +198,7 @@ var x509Rows = []row{
 			s.t.Errorf("%q", ids(r))
 		}
 	}},
-	{"WAPI-28,WAPI-30,BND-12,G11: federated bundles", Federation, func(s *suite) {
+	{"WAPI-28,WAPI-30,BND-12,FED-11,FED-18,FED-45,FED-46,G11: federated bundles", Federation, func(s *suite) {
 		e := s.entry("a", own)
 		e.FederatesWith = []spiffeid.TrustDomain{foreign}
 		elsewhere := spiffeid.RequireTrustDomainFromString("elsewhere.example")
@@ -173,6 +219,20 @@ var x509Rows = []row{
 		}
 		if len(b.Bundles) != 2 || !bytes.Equal(b.Bundles["spiffe://foreign.example"], want) || !bytes.Equal(b.Bundles[s.id("")], r.Svids[0].Bundle) {
 			s.t.Errorf("bundles: %d bundles, not those of foreign.example and %s", len(b.Bundles), s.TrustDomain())
+		}
+
+		e = s.entry("a", own) // FED-46
+		s.Put(e)
+		r, b = must[*workloadpb.X509SVIDResponse](s)(svids.Recv()), must[*workloadpb.X509BundlesResponse](s)(bundles.Recv())
+		if len(r.FederatedBundles) != 0 || len(b.Bundles) != 1 {
+			s.t.Errorf("after the federation: %d and %d bundles", len(r.FederatedBundles), len(b.Bundles))
+		}
+		e = s.entry("a", own)
+		e.FederatesWith = []spiffeid.TrustDomain{foreign}
+		s.Put(e)
+		r, b = must[*workloadpb.X509SVIDResponse](s)(svids.Recv()), must[*workloadpb.X509BundlesResponse](s)(bundles.Recv())
+		if len(r.FederatedBundles) != 1 || len(b.Bundles) != 2 {
+			s.t.Errorf("again: %d and %d bundles", len(r.FederatedBundles), len(b.Bundles))
 		}
 
 		s.Federate(&registry.Bundle{TrustDomain: foreign, Sequence: 2}) // it revokes all

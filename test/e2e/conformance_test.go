@@ -6,9 +6,15 @@ import (
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
+	"math/big"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,12 +24,14 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 
+	entryext "github.com/spiffed/spiffed/internal/api/spiffed/entry/v1"
 	"github.com/spiffed/spiffed/internal/ca"
 	"github.com/spiffed/spiffed/internal/registry"
 	"github.com/spiffed/spiffed/internal/store"
@@ -45,12 +53,32 @@ func TestConformance(t *testing.T) {
 	if _, stderr, err := run(t, "entry", "create", "--admin-socket", f.admin, "--spiffe-id", "/a", "--parent", "/b", "--selector", "unix:uid:1", "--federates-with", "foreign.example"); err == nil || !strings.Contains(stderr, `there is no bundle for the trust domain "foreign.example"`) {
 		t.Fatalf("entries can federate now (%v: %s): run the rows of it", err, stderr)
 	}
-	conformance.Run(t, func(t *testing.T) conformance.System { return newRealSystem(t) }, conformance.Federation)
+	conformance.Run(t, func(t *testing.T, needs conformance.Ability) conformance.System {
+		return newRealSystem(t, "example.org", needs)
+	}, conformance.Federation)
+}
+
+// ID-10: the same with a trust domain that could be taken for an address, a host
+// name that there cannot be, and the longest. The rows that wait for seconds on
+// end, or are of the socket alone, are left to the one above.
+func TestOtherTrustDomains(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("the rows of TestConformance again")
+	}
+	for _, name := range conformance.OtherTrustDomains {
+		t.Run(name[:min(len(name), 20)], func(t *testing.T) {
+			conformance.RunSome(t, func(t *testing.T, needs conformance.Ability) conformance.System { return newRealSystem(t, name, needs) }, func(row string, needs conformance.Ability) bool {
+				return needs == conformance.Issuance || strings.HasPrefix(row, "ID-") || strings.HasPrefix(row, "WAPI-20") || strings.HasPrefix(row, "WAPI-33")
+			})
+		})
+	}
 }
 
 // realSystem is a fleet as package conformance wants it.
 type realSystem struct {
 	*fleet
+	td      spiffeid.TrustDomain
 	t       *testing.T
 	entries entryv1.EntryClient
 	made    map[string]*types.Entry
@@ -58,14 +86,24 @@ type realSystem struct {
 	marker  bool   // there is a marker entry
 	before  uint64 // entries that the agent had before any were put
 
-	key   jose.JSONWebKey // signs JWT-SVIDs; made good by readKey
-	hasIt bool
+	keys map[registry.AuthorityKind]jose.JSONWebKey // that sign; good after readKeys
 }
 
 const markerID = "marker"
 
-func newRealSystem(t *testing.T) *realSystem {
-	r := &realSystem{fleet: newFleet(t, ""), t: t, made: map[string]*types.Entry{}}
+func newRealSystem(t *testing.T, trustDomain string, needs conformance.Ability) *realSystem {
+	r := &realSystem{td: spiffeid.RequireTrustDomainFromString(trustDomain), t: t, made: map[string]*types.Entry{}}
+	server, agent := "", ""
+	if needs == conformance.WIT {
+		server = "experimental.wit_svid = true"
+		agent = server
+	}
+	r.fleet = newServerOf(t, trustDomain, server)
+	if needs == conformance.Brokerage {
+		agent = fmt.Sprintf("experimental.broker_socket = %q\nexperimental.brokers = [%q]", r.BrokerSocket(), r.Broker())
+	}
+	r.agentConfig = r.fleet.write(t, "agent.toml", r.agentSection("agent", fmt.Sprintf("join = %q", r.join.Join))+agent)
+	r.startAgent(t)
 	r.entries = entryv1.NewEntryClient(dial(t, r.admin))
 	status, err := agentStatus(t, r.agentAdmin)
 	if err != nil {
@@ -75,9 +113,21 @@ func newRealSystem(t *testing.T) *realSystem {
 	return r
 }
 
-func (r *realSystem) Socket() string { return r.workload }
-func (r *realSystem) TrustDomain() spiffeid.TrustDomain {
-	return spiffeid.RequireTrustDomainFromString("example.org")
+func (r *realSystem) Socket() string                    { return r.workload }
+func (r *realSystem) TrustDomain() spiffeid.TrustDomain { return r.td }
+func (r *realSystem) Admin() string                     { return r.admin }
+func (r *realSystem) Address() string                   { return r.addr }
+
+func (r *realSystem) BrokerSocket() string { return filepath.Join(r.dir, "broker", "broker.sock") }
+func (r *realSystem) Broker() spiffeid.ID  { return spiffeid.RequireFromPath(r.td, "/broker") }
+
+func (r *realSystem) Restart() {
+	r.t.Helper()
+	r.agent.stop(r.t)
+	r.server.stop(r.t)
+	r.startServer(r.t)
+	r.startAgent(r.t)
+	r.waitForAll()
 }
 
 // Put makes the entries, those that were created first first: the server says
@@ -98,8 +148,11 @@ func (r *realSystem) Put(entries ...*registry.Entry) {
 			})
 		}
 		p := &types.Entry{
-			Id: e.ID, SpiffeId: protoID(e.SPIFFEID.Path()), ParentId: protoID("/node/host-1"),
-			Hint: e.Hint, X509SvidTtl: int32(e.X509TTL / time.Second), JwtSvidTtl: int32(e.JWTTTL / time.Second),
+			Id: e.ID, SpiffeId: r.protoID(e.SPIFFEID.Path()), ParentId: r.protoID("/node/host-1"),
+			Hint: e.Hint, DnsNames: e.DNSNames, X509SvidTtl: int32(e.X509TTL / time.Second), JwtSvidTtl: int32(e.JWTTTL / time.Second),
+		}
+		if e.Order != 0 {
+			entryext.SetOrder(p, e.Order)
 		}
 		for _, s := range e.Selectors {
 			p.Selectors = append(p.Selectors, &types.Selector{Type: s.Type, Value: s.Value})
@@ -116,6 +169,10 @@ func (r *realSystem) Put(entries ...*registry.Entry) {
 
 func protoID(path string) *types.SPIFFEID {
 	return &types.SPIFFEID{TrustDomain: "example.org", Path: path}
+}
+
+func (r *realSystem) protoID(path string) *types.SPIFFEID {
+	return &types.SPIFFEID{TrustDomain: r.td.Name(), Path: path}
 }
 
 func (r *realSystem) create(p *types.Entry) {
@@ -191,7 +248,7 @@ func (r *realSystem) settle() {
 		r.remove(markerID)
 	} else {
 		r.create(&types.Entry{
-			Id: markerID, SpiffeId: protoID("/" + markerID), ParentId: protoID("/node/host-1"),
+			Id: markerID, SpiffeId: r.protoID("/" + markerID), ParentId: r.protoID("/node/host-1"),
 			Selectors: []*types.Selector{{Type: "unix", Value: "uid:4999"}},
 		})
 	}
@@ -244,32 +301,44 @@ func (r *realSystem) Federate(*registry.Bundle) {
 
 func (r *realSystem) Token(typ string, claims map[string]any) string {
 	r.t.Helper()
-	return workloadtest.Sign(r.t, jose.ES256, r.jwtKey(), typ, claims)
+	token, _ := r.TokenOf(registry.KindJWT, typ, claims)
+	return token
+}
+
+func (r *realSystem) TokenOf(kind registry.AuthorityKind, typ string, claims map[string]any) (token, keyID string) {
+	r.t.Helper()
+	key := r.signingKey(kind)
+	return workloadtest.Sign(r.t, jose.ES256, key, typ, claims), key.KeyID
 }
 
 func (r *realSystem) KeyID() string {
 	r.t.Helper()
-	return r.jwtKey().KeyID
+	return r.signingKey(registry.KindJWT).KeyID
 }
 
-// jwtKey is the key that the server signs JWT-SVIDs with, as someone has it who
+// signingKey is the key that the server signs tokens with, as someone has it who
 // holds the server's disk.
-func (r *realSystem) jwtKey() jose.JSONWebKey {
+func (r *realSystem) signingKey(kind registry.AuthorityKind) jose.JSONWebKey {
 	r.t.Helper()
-	if !r.hasIt {
-		r.withStore(func(s *store.Store) { r.readKey(s) })
+	if r.keys == nil {
+		r.withStore(func(s *store.Store) { r.readKeys(s) })
 	}
-	return r.key
+	key, ok := r.keys[kind]
+	if !ok {
+		r.t.Fatalf("no active key of the kind %q", kind)
+	}
+	return key
 }
 
-func (r *realSystem) readKey(s *store.Store) {
+func (r *realSystem) readKeys(s *store.Store) {
 	r.t.Helper()
+	r.keys = map[registry.AuthorityKind]jose.JSONWebKey{}
 	records, _, err := s.LoadAuthorities(r.t.Context())
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	for _, record := range records {
-		if record.Kind != registry.KindJWT || record.State != registry.Active {
+		if record.Kind == registry.KindX509 || record.State != registry.Active {
 			continue
 		}
 		// The form of ca/seal.go.
@@ -289,10 +358,7 @@ func (r *realSystem) readKey(s *store.Store) {
 		if err != nil {
 			r.t.Fatal(err)
 		}
-		r.key, r.hasIt = jose.JSONWebKey{Key: key, KeyID: record.ID}, true
-	}
-	if !r.hasIt {
-		r.t.Fatal("no active JWT key")
+		r.keys[record.Kind] = jose.JSONWebKey{Key: key, KeyID: record.ID}
 	}
 }
 
@@ -352,8 +418,90 @@ func (r *realSystem) RotateRoot() {
 		if err := s.SaveAuthorities(ctx, records, nil, bundle); err != nil {
 			r.t.Fatal(err)
 		}
-		r.readKey(s)
+		r.readKeys(s)
 	})
+}
+
+// X509-33..38, X509-42, JWT-22..24, BND-1..3, BND-6..8, BND-14..16: the document
+// that the trust domain vouches for itself with, as an operator hands it on.
+func TestBundleDocument(t *testing.T) {
+	t.Parallel()
+	f := newServer(t, "")
+	api, err := bundlev1.NewBundleClient(dial(t, f.admin)).GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc struct {
+		Keys        []map[string]json.RawMessage
+		Sequence    json.Number `json:"spiffe_sequence"`
+		RefreshHint json.Number `json:"spiffe_refresh_hint"`
+	}
+	decoder := json.NewDecoder(strings.NewReader(mustRun(t, "bundle", "show", "--format", "spiffe", "--admin-socket", f.admin)))
+	decoder.DisallowUnknownFields()
+	if err := decoder.Decode(&doc); err != nil {
+		t.Fatal(err)
+	}
+	if doc.Sequence.String() != fmt.Sprint(api.SequenceNumber) || doc.RefreshHint.String() != fmt.Sprint(api.RefreshHint) {
+		t.Errorf("sequence %s, refresh hint %s; the API says %d and %d", doc.Sequence, doc.RefreshHint, api.SequenceNumber, api.RefreshHint)
+	}
+	text := func(key map[string]json.RawMessage, name string) (s string) {
+		t.Helper()
+		if err := json.Unmarshal(key[name], &s); err != nil {
+			t.Errorf("%s: %v in %s", name, err, key[name])
+		}
+		return s
+	}
+	// number is a coordinate as the JWK has it.
+	number := func(key map[string]json.RawMessage, name string) *big.Int {
+		data, err := base64.RawURLEncoding.Strict().DecodeString(text(key, name))
+		if err != nil {
+			t.Error(err)
+		}
+		return new(big.Int).SetBytes(data)
+	}
+	var roots, keys int
+	for _, key := range doc.Keys {
+		members := slices.Sorted(maps.Keys(key))
+		if text(key, "kty") != "EC" || text(key, "crv") != "P-256" {
+			t.Fatalf("a key of the kind %s", key["kty"])
+		}
+		public := &ecdsa.PublicKey{Curve: elliptic.P256(), X: number(key, "x"), Y: number(key, "y")}
+		switch use := text(key, "use"); use {
+		case "x509-svid":
+			if !slices.Equal(members, []string{"crv", "kty", "use", "x", "x5c", "y"}) { // no kid
+				t.Errorf("a root has %q", members)
+			}
+			var x5c [][]byte // as JSON has bytes: in plain base64
+			if err := json.Unmarshal(key["x5c"], &x5c); err != nil || len(x5c) != 1 {
+				t.Fatalf("%d certificates, %v", len(x5c), err)
+			}
+			root, err := x509.ParseCertificate(x5c[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := root.CheckSignatureFrom(root); err != nil || !public.Equal(root.PublicKey) || !bytes.Equal(x5c[0], api.X509Authorities[roots].Asn1) {
+				t.Errorf("%v: the certificate is not self-signed, not of this key, or not that of the API", err)
+			}
+			roots++
+		case "jwt-svid":
+			if !slices.Equal(members, []string{"crv", "kid", "kty", "use", "x", "y"}) {
+				t.Errorf("a JWT key has %q", members)
+			}
+			i := slices.IndexFunc(api.JwtAuthorities, func(k *types.JWTKey) bool { return k.KeyId == text(key, "kid") })
+			if i < 0 {
+				t.Fatalf("the API has no key %s", key["kid"])
+			}
+			if want, err := x509.ParsePKIXPublicKey(api.JwtAuthorities[i].PublicKey); err != nil || !public.Equal(want) {
+				t.Errorf("%v: it is another key that the API has by this ID", err)
+			}
+			keys++
+		default:
+			t.Errorf("use %q", use)
+		}
+	}
+	if roots != len(api.X509Authorities) || roots == 0 || keys != len(api.JwtAuthorities) || keys == 0 {
+		t.Errorf("%d roots of %d, %d keys of %d", roots, len(api.X509Authorities), keys, len(api.JwtAuthorities))
+	}
 }
 
 // journal is the one that a CA keeps in memory.
