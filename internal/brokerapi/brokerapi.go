@@ -162,7 +162,10 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	defer t.Stop()
 	select {
 	case <-drained:
-	case <-t.C: // a client that does not read, or a reflection stream
+	case <-t.C: // a client that does not read or never spoke HTTP/2, or a reflection stream
+		for _, c := range s.openConns() {
+			c.Close()
+		}
 		g.Stop()
 		<-drained
 	}
