@@ -6,7 +6,6 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"maps"
-	"math/big"
 	"slices"
 	"time"
 
@@ -37,14 +36,18 @@ func (s *suite) keySet(text string) map[string]map[string]any {
 // p256 is the public key in a JWK.
 func (s *suite) p256(jwk map[string]any) *ecdsa.PublicKey {
 	s.t.Helper()
-	number := func(name string) *big.Int {
-		text, _ := jwk[name].(string)
-		return new(big.Int).SetBytes(must[[]byte](s)(base64.RawURLEncoding.Strict().DecodeString(text)))
-	}
 	if jwk["kty"] != "EC" || jwk["crv"] != "P-256" {
 		s.t.Fatalf("not a key of P-256: %v", jwk["kty"])
 	}
-	return &ecdsa.PublicKey{Curve: elliptic.P256(), X: number("x"), Y: number("y")}
+	point := slices.Concat([]byte{4}, s.octets(jwk["x"]), s.octets(jwk["y"]))
+	return must[*ecdsa.PublicKey](s)(ecdsa.ParseUncompressedPublicKey(elliptic.P256(), point))
+}
+
+// octets decodes a number in a JWK, of as many bytes as the curve has (RFC 7518 §6.2).
+func (s *suite) octets(member any) []byte {
+	s.t.Helper()
+	text, _ := member.(string)
+	return must[[]byte](s)(base64.RawURLEncoding.Strict().DecodeString(text))
 }
 
 func (s *suite) fetchWIT(id string) (*workloadpb.WITSVIDResponse, error) {
@@ -102,9 +105,8 @@ var witRows = []row{
 			if err := json.Unmarshal([]byte(svid.WitSvidKey), &private); err != nil {
 				s.t.Fatal(err)
 			}
-			d, _ := private["d"].(string)
-			key := &ecdsa.PrivateKey{PublicKey: *s.p256(private), D: new(big.Int).SetBytes(must[[]byte](s)(base64.RawURLEncoding.Strict().DecodeString(d)))}
-			if x, y := key.Curve.ScalarBaseMult(key.D.Bytes()); x.Cmp(key.X) != 0 || y.Cmp(key.Y) != 0 || !key.PublicKey.Equal(s.p256(public)) {
+			key := must[*ecdsa.PrivateKey](s)(ecdsa.ParseRawPrivateKey(elliptic.P256(), s.octets(private["d"])))
+			if !key.PublicKey.Equal(s.p256(public)) || !key.PublicKey.Equal(s.p256(private)) {
 				s.t.Error("WAPI-55: the private key is not that of cnf")
 			}
 			if private["alg"] != public["alg"] || private["kid"] != nil {

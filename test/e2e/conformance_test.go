@@ -14,7 +14,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"math/big"
 	"os"
 	"path/filepath"
 	"slices"
@@ -451,13 +450,12 @@ func TestBundleDocument(t *testing.T) {
 		}
 		return s
 	}
-	// number is a coordinate as the JWK has it.
-	number := func(key map[string]json.RawMessage, name string) *big.Int {
+	octets := func(key map[string]json.RawMessage, name string) []byte {
 		data, err := base64.RawURLEncoding.Strict().DecodeString(text(key, name))
 		if err != nil {
 			t.Error(err)
 		}
-		return new(big.Int).SetBytes(data)
+		return data
 	}
 	var roots, keys int
 	for _, key := range doc.Keys {
@@ -465,7 +463,10 @@ func TestBundleDocument(t *testing.T) {
 		if text(key, "kty") != "EC" || text(key, "crv") != "P-256" {
 			t.Fatalf("a key of the kind %s", key["kty"])
 		}
-		public := &ecdsa.PublicKey{Curve: elliptic.P256(), X: number(key, "x"), Y: number(key, "y")}
+		public, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), slices.Concat([]byte{4}, octets(key, "x"), octets(key, "y")))
+		if err != nil {
+			t.Fatal(err)
+		}
 		switch use := text(key, "use"); use {
 		case "x509-svid":
 			if !slices.Equal(members, []string{"crv", "kty", "use", "x", "x5c", "y"}) { // no kid
