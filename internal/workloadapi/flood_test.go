@@ -2,7 +2,9 @@ package workloadapi
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
@@ -12,8 +14,12 @@ import (
 	"sync"
 	"time"
 
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
 )
 
 // A hostile client speaks HTTP/2 by hand. It reads what it is sent, unless that is
@@ -194,16 +200,59 @@ func forever(reads bool, settings []http2.Setting, step func(*hostile) error) fu
 	}
 }
 
-// The test binary is the hostile process as well.
+// The test binary is the processes of other users as well.
 func init() {
-	if os.Getenv("ROLE") != "flood" {
+	var err error
+	switch os.Getenv("ROLE") {
+	case "flood":
+		err = flood(os.Getenv("SOCKET"), os.Getenv("FLOOD"))
+	case "victim":
+		err = victim(os.Getenv("SOCKET"))
+	default:
 		return
 	}
-	if err := flood(os.Getenv("SOCKET"), os.Getenv("FLOOD")); err != nil {
+	if err != nil {
 		fmt.Println(err)
 		os.Exit(1)
 	}
 	os.Exit(0)
+}
+
+// victimCalls is how often a victim connects anew.
+const victimCalls = 60
+
+// victim is a process that wants its identity, and as any client tries again if it
+// cannot connect. It says how long it took each time.
+func victim(socket string) error {
+	var times []time.Duration
+	for range victimCalls {
+		began := time.Now()
+		if err := wantIdentity(socket); err != nil {
+			return err
+		}
+		times = append(times, time.Since(began))
+	}
+	return json.NewEncoder(os.Stdout).Encode(times)
+}
+
+func wantIdentity(socket string) error {
+	conn, err := grpc.NewClient("passthrough:///"+socket,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: time.Millisecond, Multiplier: 2, MaxDelay: 50 * time.Millisecond}}),
+		grpc.WithContextDialer(func(ctx context.Context, path string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		}))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(header(context.Background()), 20*time.Second)
+	defer cancel()
+	stream, err := workloadpb.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{}, grpc.WaitForReady(true))
+	if err == nil {
+		_, err = stream.Recv()
+	}
+	return err
 }
 
 // flood is the hostile process: it does one thing, or all, on several connections
