@@ -40,7 +40,7 @@ Without a command it does what "fetch x509" does, and takes its options.`,
 		Example: `  spiffed fetch
   sudo -u www-data spiffed fetch x509 --write /run/web
   spiffed fetch jwt --audience api`,
-	}, newFetchX509Command(c), newFetchJWTCommand(c), newFetchBundleCommand(c))
+	}, newFetchX509Command(c), newFetchJWTCommand(c), newFetchBundleCommand(c), newFetchWITCommand(c))
 	alone, fetch := cmd.RunE, c.fetchX509Flags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if len(args) > 0 {
@@ -97,7 +97,11 @@ func (c *cli) connectWorkload(ctx context.Context, options ...workloadapi.Client
 
 // explain says what an error of the Workload API means for who called.
 func (w *workload) explain(err error, doing string) error {
-	err = w.at.explain(err, doing)
+	return w.hint(w.at.explain(err, doing))
+}
+
+// hint adds to an error of the Workload API what to do about it.
+func (w *workload) hint(err error) error {
 	switch codeOf(err) {
 	case codes.PermissionDenied:
 		return withHint(err, "no entry matches this process; on the server:\n  spiffed entry create --spiffe-id /NAME --parent /node/NODE --selector unix:uid:%d\nspiffed status says if this node is shut out", os.Getuid())

@@ -33,7 +33,11 @@ func newJWTValidateCommand(c *cli) *cobra.Command {
 says. The token is read from standard input, or with --file from a file. It can
 be an argument, but other processes see those: it is a secret until it expires.
 
-Exit code 0 says that the token is good, 1 that it is not or could not be judged.`,
+Who may ask is every process: it takes no identity to have a token judged.
+
+Exit codes: 0, the token is good; 1, it is not, or it could not be judged, and
+standard error says which; 2, wrong use. Nothing is on standard output unless the
+token is good.`,
 		Example: `  spiffed jwt validate --audience api < token
   spiffed fetch jwt --audience api | spiffed jwt validate --audience api`,
 		DisableFlagsInUseLine: true,
