@@ -128,9 +128,13 @@ func (n *node) awaitWIT(selectors []registry.Selector, what string, ok func([]*r
 		if ok(svids, err) {
 			return svids
 		}
+		var again <-chan time.Time
+		if changed == nil { // nobody will tell
+			again = time.After(time.Second)
+		}
 		select {
-		case <-changed: // nil: for good, as far as anybody knows
-		case <-time.After(time.Second):
+		case <-changed:
+		case <-again:
 		case <-deadline:
 			n.t.Fatalf("waiting for %s: have %v, %v", what, svids, err)
 		}
