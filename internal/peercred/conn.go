@@ -45,8 +45,8 @@ func newConn(uc *net.UnixConn, p *Peer, refused func(*Peer, error)) *conn {
 	c.close = sync.OnceValue(func() error { return errors.Join(uc.Close(), p.Close()) })
 	p.proven = make(chan struct{})
 	p.hangUp = func(err error) {
-		refused(p, err)
 		c.Close()
+		refused(p, err)
 	}
 	return c
 }
