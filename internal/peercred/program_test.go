@@ -44,7 +44,7 @@ func TestParseStat(t *testing.T) {
 	}
 }
 
-func FuzzParseStat(f *testing.F) {
+func FuzzProgram(f *testing.F) {
 	own, err := os.ReadFile("/proc/self/stat")
 	if err != nil {
 		f.Fatal(err)
