@@ -56,6 +56,7 @@ var booted atomic.Int32
 // test is skipped, and says why, where there can be no machine.
 func Boot(t testing.TB, cfg Config) *Machine {
 	t.Helper()
+	Possible(t)
 	base := rootfs(t)
 	m := &Machine{
 		name:    fmt.Sprintf("%s%d-%d", namePrefix, os.Getpid(), booted.Add(1)),
@@ -92,13 +93,13 @@ func Boot(t testing.TB, cfg Config) *Machine {
 	t.Cleanup(func() {
 		m.Stop(t)
 		removeGroups(groups)
-		if t.Failed() {
+		if t.Failed() && m.leader == 0 {
 			console, _ := os.ReadFile(m.console)
 			t.Logf("the console of %s:\n%s", m.name, console)
 		}
 	})
 	began := time.Now()
-	m.until(t, "the machine is up", func() error {
+	m.Until(t, "the machine is up", func() error {
 		leader, err := m.first()
 		if err != nil {
 			return err
@@ -265,8 +266,8 @@ func (m *Machine) Stop(t testing.TB) {
 	<-m.exited
 }
 
-// until tries again until it works. The test fails if nspawn ends.
-func (m *Machine) until(t testing.TB, what string, try func() error) {
+// Until tries again until it works. The test fails if nspawn ends.
+func (m *Machine) Until(t testing.TB, what string, try func() error) {
 	t.Helper()
 	deadline := time.NewTimer(Patience)
 	defer deadline.Stop()
