@@ -87,7 +87,7 @@ func startExec(t *testing.T, socket string, args ...string) *execProcess {
 	t.Helper()
 	p := &execProcess{cmd: exec.Command("spiffed", append([]string{"exec", "--socket", socket}, args...)...), ended: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr
-	p.cmd.Env = append(os.Environ(), "RUNTIME_DIRECTORY=", "XDG_RUNTIME_DIR=")
+	p.cmd.Env = append(os.Environ(), "RUNTIME_DIRECTORY="+memoryDir(t)) // a kill leaves something behind
 	p.start(t)
 	return p
 }
