@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -255,11 +256,11 @@ func wantIdentity(socket string) error {
 	return err
 }
 
-// flood is the hostile process: it does one thing, or all, on several connections
-// at a time until its stdin ends.
-func flood(socket, name string) error {
-	names := []string{name}
-	if name == "all" {
+// flood is the hostile process: it does some things, with commas between their
+// names, or all, each on several connections at a time until its stdin ends.
+func flood(socket, list string) error {
+	names := strings.Split(list, ",")
+	if list == "all" {
 		names = slices.Sorted(maps.Keys(floods))
 	}
 	var once sync.Once
