@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 
 	sys "golang.org/x/sys/unix"
@@ -17,12 +18,12 @@ import (
 func (a *Attestor) executable(ctx context.Context, peer *peercred.Peer, wantPath, wantHash bool, add func(kind, value string)) error {
 	// O_PATH: neither permission to read the file is needed, nor is the file
 	// system that it is on asked to open it.
-	fd, err := sys.Open(fmt.Sprintf("/proc/%d/exe", peer.PID), sys.O_PATH|sys.O_CLOEXEC, 0)
+	fd, err := sys.Open("/proc/"+strconv.Itoa(int(peer.PID))+"/exe", sys.O_PATH|sys.O_CLOEXEC, 0)
 	if err != nil {
 		if err := peer.Alive(); err != nil {
 			return err
 		}
-		a.log.Info("left out path and sha256: the executable cannot be opened", "pid", peer.PID, "caller_uid", peer.UID, "err", err)
+		a.leftOut(peer, "left out path and sha256: the executable cannot be opened", "err", err)
 		return nil
 	}
 	defer sys.Close(fd)
@@ -33,7 +34,7 @@ func (a *Attestor) executable(ctx context.Context, peer *peercred.Peer, wantPath
 	if wantPath {
 		path, err := pathOf(fd, &st)
 		if err != nil {
-			a.log.Info("left out path", "pid", peer.PID, "caller_uid", peer.UID, "caller_path", path, "err", err)
+			a.leftOut(peer, "left out path", "caller_path", path, "err", err)
 		} else {
 			add("path", path)
 		}
@@ -46,21 +47,25 @@ func (a *Attestor) executable(ctx context.Context, peer *peercred.Peer, wantPath
 		case errors.Is(err, errBusy), ctx.Err() != nil:
 			return fmt.Errorf("hashing the executable of process %d: %w", peer.PID, err)
 		default:
-			a.log.Info("left out sha256", "pid", peer.PID, "caller_uid", peer.UID, "err", err)
+			a.leftOut(peer, "left out sha256", "err", err)
 		}
 	}
 	return nil
 }
 
 // pathOf returns the path of an open executable, if that path names this very
-// file for us as well. It does not if the file was deleted or replaced, nor if
-// the process has a mount namespace of its own (any user can make one) in which
-// another file is mounted there.
+// file for us as well. It does not if the file was deleted or replaced, or never
+// had a path (memfd_create), nor if the process has a mount namespace of its own
+// (any user can make one) in which another file is at that path, as in a
+// container. A service that systemd gives a mount namespace runs the host's file,
+// and has its path.
 func pathOf(fd int, st *sys.Stat_t) (string, error) {
-	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+	var buf [sys.PathMax]byte
+	n, err := sys.Readlink("/proc/self/fd/"+strconv.Itoa(fd), buf[:])
 	if err != nil {
-		return "", err
+		return "", &os.PathError{Op: "readlink", Path: "the executable", Err: err}
 	}
+	path := string(buf[:n])
 	if st.Nlink == 0 || strings.HasSuffix(path, " (deleted)") {
 		return path, errors.New("the executable was deleted or replaced since the process started")
 	}

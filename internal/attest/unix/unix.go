@@ -7,7 +7,9 @@
 //
 // What cannot be said for certain is left out, and logged: an identity that
 // asks for it is then not given. Names come from /etc/passwd and /etc/group;
-// directories such as LDAP are not asked.
+// directories such as LDAP are not asked. The path and hash of a script are those
+// of its interpreter: the kernel knows of no other program. A path says which
+// file runs, and not which libraries and settings its user has it read.
 package unix
 
 import (
@@ -15,6 +17,8 @@ import (
 	"fmt"
 	"log/slog"
 	"strconv"
+
+	"golang.org/x/time/rate"
 
 	"github.com/spiffed/spiffed/internal/peercred"
 	"github.com/spiffed/spiffed/internal/registry"
@@ -37,6 +41,7 @@ type Attestor struct {
 	hashes *hashes
 	users  *names
 	groups *names
+	lines  *rate.Limiter // of the log
 }
 
 // New returns an attestor.
@@ -46,6 +51,7 @@ func New(cfg Config) *Attestor {
 		hashes: newHashes(cfg.MaxHashSize),
 		users:  newNames(lookupUser),
 		groups: newNames(lookupGroup),
+		lines:  rate.NewLimiter(1, 20),
 	}
 }
 
@@ -59,7 +65,7 @@ func (a *Attestor) Attest(ctx context.Context, peer *peercred.Peer, wants func(k
 	add := func(kind, value string) {
 		s := registry.Selector{Type: Name, Value: kind + ":" + value}
 		if err := s.Validate(); err != nil {
-			a.log.Info("left out a selector that is not valid", "pid", peer.PID, "caller_uid", peer.UID, "err", err)
+			a.leftOut(peer, "left out a selector that is not valid", "err", err)
 			return
 		}
 		out = append(out, s)
@@ -118,10 +124,18 @@ func (a *Attestor) Attest(ctx context.Context, peer *peercred.Peer, wants func(k
 
 func number(id uint32) string { return strconv.FormatUint(uint64(id), 10) }
 
+// leftOut logs what cannot be said of a process. Anybody can cause such lines, by
+// a program that he has deleted, so there are few.
+func (a *Attestor) leftOut(peer *peercred.Peer, msg string, args ...any) {
+	if a.lines.Allow() {
+		a.log.Info(msg, append(args, "pid", peer.PID, "caller_uid", peer.UID)...)
+	}
+}
+
 func (a *Attestor) name(n *names, peer *peercred.Peer, id uint32) (string, bool) {
 	name, err := n.lookup(id)
 	if err != nil {
-		a.log.Info("left out the name of a user or group", "pid", peer.PID, "caller_uid", peer.UID, "err", err)
+		a.leftOut(peer, "left out the name of a user or group", "err", err)
 	}
 	return name, name != ""
 }

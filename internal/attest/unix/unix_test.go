@@ -23,6 +23,7 @@ import (
 	"time"
 
 	sys "golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 
 	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/peercred"
@@ -34,7 +35,8 @@ var _ attest.Workload = (*Attestor)(nil)
 // The test binary plays the calling processes. "connect" connects to SOCKET and
 // holds on until its stdin ends. "become" connects, becomes the program NEXT and
 // holds on. "mount" mounts its own program over NEXT, in a mount namespace of
-// its own, and becomes NEXT, which connects.
+// its own, and becomes NEXT, which connects. "overlay" lays a file system over the
+// folder of NEXT in the same way, and "memfd" becomes a copy in memory.
 func TestMain(m *testing.M) {
 	fail := func(err error) {
 		if err != nil {
@@ -50,6 +52,19 @@ func TestMain(m *testing.M) {
 		fail(sys.Mount("", "/", "", sys.MS_REC|sys.MS_PRIVATE, ""))
 		fail(sys.Mount(os.Getenv("OVER"), next, "", sys.MS_BIND, ""))
 		fail(syscall.Exec(next, []string{next}, []string{"ROLE=connect", "SOCKET=" + os.Getenv("SOCKET"), quickExit}))
+	case "overlay":
+		dir := filepath.Dir(next)
+		fail(sys.Mount("", "/", "", sys.MS_REC|sys.MS_PRIVATE, ""))
+		fail(sys.Mount("overlay", dir, "overlay", 0, "lowerdir="+dir+":"+os.Getenv("OVER")))
+		fail(syscall.Exec(next, []string{next}, []string{"ROLE=connect", "SOCKET=" + os.Getenv("SOCKET"), quickExit}))
+	case "memfd":
+		data, err := os.ReadFile("/proc/self/exe")
+		fail(err)
+		fd, err := sys.MemfdCreate("program", 0)
+		fail(err)
+		_, err = sys.Write(fd, data)
+		fail(err)
+		fail(syscall.Exec(fmt.Sprintf("/proc/self/fd/%d", fd), []string{"program"}, []string{"ROLE=connect", "SOCKET=" + os.Getenv("SOCKET"), quickExit}))
 	case "become":
 		c, err := net.Dial("unix", os.Getenv("SOCKET"))
 		fail(err)
@@ -287,6 +302,156 @@ func TestPathInOwnMountNamespace(t *testing.T) {
 	}
 	if !strings.Contains(log.String(), "another file is at that path") {
 		t.Errorf("logged %q", log)
+	}
+}
+
+// A container whose files are laid over those of the host has the host's file at
+// the host's path, but it is not the host that says what is there.
+func TestPathInContainer(t *testing.T) {
+	a, log := newAttestor(t)
+	genuine, sum := program(t, 0)
+	c := call(t, "/proc/self/exe", "overlay", &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}, "NEXT="+genuine, "OVER="+tempDir(t))
+	if path, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", c.PID)); err != nil || path != genuine {
+		t.Fatalf("the process does not look like %q but like %q: %v", genuine, path, err)
+	}
+	got, err := a.Attest(t.Context(), c.Peer, wants("path", "sha256"))
+	if err != nil || !slices.Equal(values(got), []string{"unix:sha256:" + sum}) {
+		t.Errorf("got %q, %v", values(got), err)
+	}
+	if !strings.Contains(log.String(), "another file is at that path") {
+		t.Errorf("logged %q", log)
+	}
+}
+
+// A service that systemd gives a mount namespace of its own (PrivateTmp= and many
+// others do) runs the host's program all the same.
+func TestPathOfServiceWithOwnMounts(t *testing.T) {
+	a, _ := newAttestor(t)
+	path, _ := program(t, 0)
+	c := call(t, path, "connect", &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS})
+	if got, err := a.Attest(t.Context(), c.Peer, wants("path")); err != nil || !slices.Equal(values(got), []string{"unix:path:" + path}) {
+		t.Errorf("got %q, %v", values(got), err)
+	}
+}
+
+// On a host whose file system is laid over another, and behind a bind mount of
+// the host, a program has its path as anywhere.
+func TestPathOnOverlayAndBindMount(t *testing.T) {
+	below, sum := program(t, 0)
+	top := tempDir(t)
+	mount := func(source, kind, options string, flags uintptr) string {
+		dir := tempDir(t)
+		if err := sys.Mount(source, dir, kind, flags, options); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { sys.Unmount(dir, sys.MNT_DETACH) })
+		return dir
+	}
+	for name, dir := range map[string]string{
+		"overlay":    mount("overlay", "overlay", "lowerdir="+filepath.Dir(below)+":"+top, 0),
+		"bind mount": mount(filepath.Dir(below), "", "", sys.MS_BIND),
+	} {
+		a, log := newAttestor(t)
+		path := filepath.Join(dir, filepath.Base(below))
+		got, err := a.Attest(t.Context(), call(t, path, "connect", as(12345, 7)).Peer, wants("path", "sha256"))
+		if err != nil || !slices.Equal(values(got), []string{"unix:path:" + path, "unix:sha256:" + sum}) {
+			t.Errorf("%s: got %q, %v; logged %s", name, values(got), err, log)
+		}
+	}
+}
+
+// A program that is in no folder has a hash and no path, whatever is at the path
+// that it seems to have.
+func TestProgramInMemory(t *testing.T) {
+	a, log := newAttestor(t)
+	path, sum := program(t, 0)
+	got, err := a.Attest(t.Context(), call(t, path, "memfd", as(12345, 7)).Peer, wants("path", "sha256"))
+	if err != nil || !slices.Equal(values(got), []string{"unix:sha256:" + sum}) {
+		t.Errorf("got %q, %v", values(got), err)
+	}
+	if !strings.Contains(log.String(), "left out path") || !strings.Contains(log.String(), "/memfd:program (deleted)") {
+		t.Errorf("logged %q", log)
+	}
+}
+
+// A deleted program whose owner has put it back under the name that the kernel
+// gives to deleted ones.
+func TestDeletedProgramLookalike(t *testing.T) {
+	a, log := newAttestor(t)
+	path, _ := program(t, 0)
+	c := call(t, path, "connect", nil)
+	if err := os.Rename(path, path+".kept"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Link(path+".kept", path+" (deleted)"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(path + ".kept"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Link(path+" (deleted)", path+".kept (deleted)"); err != nil {
+		t.Fatal(err)
+	}
+	got, err := a.Attest(t.Context(), c.Peer, wants("path"))
+	if err != nil || len(got) > 0 || !strings.Contains(log.String(), "deleted or replaced") {
+		t.Errorf("got %q, %v, logged %q", values(got), err, log)
+	}
+}
+
+// The kernel runs the interpreter of a script, and knows of no other program.
+func TestScript(t *testing.T) {
+	a, _ := newAttestor(t)
+	interpreter, sum := program(t, 0)
+	script := filepath.Join(tempDir(t), "script")
+	write(t, script, "#!"+interpreter+"\n")
+	got, err := a.Attest(t.Context(), call(t, script, "connect", as(12345, 7)).Peer, wants("path", "sha256"))
+	if err != nil || !slices.Equal(values(got), []string{"unix:path:" + interpreter, "unix:sha256:" + sum}) {
+		t.Errorf("got %q, %v", values(got), err)
+	}
+}
+
+// What no entry asks for is not looked at.
+func TestNothingIsComputedInVain(t *testing.T) {
+	a, _ := newAttestor(t)
+	a.hashes.settled = -1 << 62
+	asked := map[string]int{}
+	ask := func(what string) func(string) (string, error) {
+		return func(string) (string, error) { asked[what]++; return what, nil }
+	}
+	a.users, a.groups = newNames(ask("users")), newNames(ask("groups"))
+	c := call(t, "/proc/self/exe", "connect", as(12345, 7, 8))
+	for _, kinds := range []func(string) bool{wants(), wants("uid", "gid", "supplementary_gid", "path")} {
+		if _, err := a.Attest(t.Context(), c.Peer, kinds); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(asked) > 0 || a.hashes.recent.Len() > 0 || len(a.hashes.pending) > 0 {
+		t.Errorf("looked up %v, hashed %d", asked, a.hashes.recent.Len())
+	}
+	if _, err := a.Attest(t.Context(), c.Peer, wants("user", "supplementary_group", "sha256")); err != nil {
+		t.Fatal(err)
+	}
+	if asked["users"] != 1 || asked["groups"] != 1 || a.hashes.recent.Len() != 1 {
+		t.Errorf("looked up %v, hashed %d: this test sees nothing", asked, a.hashes.recent.Len())
+	}
+}
+
+// Whoever runs a program that he has deleted does not fill the log.
+func TestFewLines(t *testing.T) {
+	a, log := newAttestor(t)
+	path, _ := program(t, 0)
+	c := call(t, path, "connect", nil)
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	a.lines = rate.NewLimiter(0, 3)
+	for range 10 {
+		if _, err := a.Attest(t.Context(), c.Peer, wants("path")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := strings.Count(log.String(), "left out path"); n != 3 {
+		t.Errorf("logged %d lines", n)
 	}
 }
 
