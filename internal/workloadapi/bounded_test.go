@@ -51,6 +51,9 @@ func TestServeForAnother(t *testing.T) {
 	io.Copy(io.Discard, in)
 }
 
+// raceDetector says whether these tests run with it.
+var raceDetector bool
+
 type narrow struct {
 	cmd *exec.Cmd
 	in  io.Closer
@@ -220,6 +223,9 @@ func memoryGroup(t *testing.T, limit int64) (add func(pid int), peak func() stri
 // With 128 MiB the endpoint outlives several users who have it hold all that it
 // will, and others are served when they stop.
 func TestMemoryIsBounded(t *testing.T) {
+	if raceDetector {
+		t.Skip("NOT TESTED: the race detector needs several times the memory")
+	}
 	const limit = 128 << 20
 	add, peak := memoryGroup(t, limit)
 	p, socket := serveNarrow(t, add, fmt.Sprintf("SERVE_MEMORY=%d", limit))

@@ -20,7 +20,9 @@ import (
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 )
 
 // A hostile client speaks HTTP/2 by hand. It reads what it is sent, unless that is
@@ -220,10 +222,10 @@ func init() {
 }
 
 // victimCalls is how often a victim connects anew.
-const victimCalls = 60
+const victimCalls = 30
 
 // victim is a process that wants its identity, and as any client tries again if it
-// cannot connect. It says how long it took each time.
+// cannot connect or is told to. It says how long it took each time.
 func victim(socket string) error {
 	var times []time.Duration
 	for range victimCalls {
@@ -249,11 +251,16 @@ func wantIdentity(socket string) error {
 	defer conn.Close()
 	ctx, cancel := context.WithTimeout(header(context.Background()), 20*time.Second)
 	defer cancel()
-	stream, err := workloadpb.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{}, grpc.WaitForReady(true))
-	if err == nil {
-		_, err = stream.Recv()
+	for {
+		stream, err := workloadpb.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{}, grpc.WaitForReady(true))
+		if err == nil {
+			_, err = stream.Recv()
+		}
+		if status.Code(err) != codes.Unavailable {
+			return err
+		}
+		time.Sleep(time.Millisecond)
 	}
-	return err
 }
 
 // flood is the hostile process: it does some things, with commas between their

@@ -1,0 +1,5 @@
+//go:build race
+
+package workloadapi
+
+func init() { raceDetector = true }
