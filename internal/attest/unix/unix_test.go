@@ -36,7 +36,8 @@ var _ attest.Workload = (*Attestor)(nil)
 // holds on until its stdin ends. "become" connects, becomes the program NEXT and
 // holds on. "mount" mounts its own program over NEXT, in a mount namespace of
 // its own, and becomes NEXT, which connects. "overlay" lays a file system over the
-// folder of NEXT in the same way, and "memfd" becomes a copy in memory.
+// folder of NEXT in the same way, "link" makes a folder of what is a link to the
+// folder "real" beside it, and "memfd" becomes a copy in memory.
 func TestMain(m *testing.M) {
 	fail := func(err error) {
 		if err != nil {
@@ -56,6 +57,15 @@ func TestMain(m *testing.M) {
 		dir := filepath.Dir(next)
 		fail(sys.Mount("", "/", "", sys.MS_REC|sys.MS_PRIVATE, ""))
 		fail(sys.Mount("overlay", dir, "overlay", 0, "lowerdir="+dir+":"+os.Getenv("OVER")))
+		fail(syscall.Exec(next, []string{next}, []string{"ROLE=connect", "SOCKET=" + os.Getenv("SOCKET"), quickExit}))
+	case "link":
+		link := filepath.Dir(next)
+		real, err := sys.Open(filepath.Join(filepath.Dir(link), "real"), sys.O_PATH, 0)
+		fail(err)
+		fail(sys.Mount("", "/", "", sys.MS_REC|sys.MS_PRIVATE, ""))
+		fail(sys.Mount("tmpfs", filepath.Dir(link), "tmpfs", 0, ""))
+		fail(os.Mkdir(link, 0o755))
+		fail(sys.Mount(fmt.Sprintf("/proc/self/fd/%d", real), link, "", sys.MS_BIND, ""))
 		fail(syscall.Exec(next, []string{next}, []string{"ROLE=connect", "SOCKET=" + os.Getenv("SOCKET"), quickExit}))
 	case "memfd":
 		data, err := os.ReadFile("/proc/self/exe")
@@ -320,6 +330,25 @@ func TestPathInContainer(t *testing.T) {
 	}
 	if !strings.Contains(log.String(), "another file is at that path") {
 		t.Errorf("logged %q", log)
+	}
+}
+
+// Nor is a path that leads to the file by a link of the host's the file's own.
+func TestPathThatIsALinkHere(t *testing.T) {
+	a, log := newAttestor(t)
+	copied, _ := program(t, 0)
+	dir := tempDir(t)
+	if err := errors.Join(os.Rename(filepath.Dir(copied), filepath.Join(dir, "real")), os.Symlink("real", filepath.Join(dir, "link"))); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "link", filepath.Base(copied))
+	c := call(t, "/proc/self/exe", "link", &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}, "NEXT="+path)
+	if seen, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", c.PID)); err != nil || seen != path {
+		t.Fatalf("the process does not look like %q but like %q: %v", path, seen, err)
+	}
+	got, err := a.Attest(t.Context(), c.Peer, wants("path"))
+	if err != nil || len(got) > 0 || !strings.Contains(log.String(), "not at that path") {
+		t.Errorf("got %q, %v, logged %q", values(got), err, log)
 	}
 }
 
