@@ -46,25 +46,18 @@ func dialHostile(socket string, reads bool, settings ...http2.Setting) (*hostile
 	if _, err := c.Write([]byte(http2.ClientPreface)); err != nil {
 		return h, err
 	}
-	if reads {
-		go h.read()
+	if err := h.fr.WriteSettings(settings...); err != nil || !reads {
+		return h, err
 	}
-	return h, h.fr.WriteSettings(settings...)
-}
-
-// read answers pings: only so does the endpoint listen to anybody. It writes by
-// itself, since a frame is one write on the socket.
-func (h *hostile) read() {
-	fr := http2.NewFramer(h.Conn, h.Conn)
+	// The endpoint listens to nobody who has not answered its PING.
 	for {
-		f, err := fr.ReadFrame()
+		f, err := h.fr.ReadFrame()
 		if err != nil {
-			return
+			return h, err
 		}
-		if p, ok := f.(*http2.PingFrame); ok && !p.IsAck() {
-			if fr.WritePing(true, p.Data) != nil {
-				return
-			}
+		if p, ok := f.(*http2.PingFrame); ok {
+			go io.Copy(io.Discard, c)
+			return h, h.fr.WritePing(true, p.Data)
 		}
 	}
 }
