@@ -21,12 +21,12 @@ var (
 	errNotReady   = status.Error(codes.Unavailable, "the agent is not ready yet")
 )
 
-// follow sends the caller what build makes of his identities: at once, and
+// follow sends the caller what messages make of his identities: at once, and
 // again in full whenever that has changed (Workload API §4.3). It ends the
 // stream with PermissionDenied when there are no identities (any more), which is
 // the only way to take them back (§5.2.1). Who the caller is, is looked at again
 // before each message.
-func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update) (proto.Message, error)) error {
+func (e *endpoint) follow(stream grpc.ServerStream, messages *messages) error {
 	ctx := stream.Context()
 	c, err := e.attest(ctx)
 	if err != nil {
@@ -60,7 +60,7 @@ func (e *endpoint) follow(stream grpc.ServerStream, build func(*registry.Update)
 		case len(update.Identities) == 0:
 			return errNoIdentity
 		case last == nil || !same(last, update):
-			msg, err := build(update)
+			msg, err := messages.of(update)
 			if err != nil {
 				return err
 			}

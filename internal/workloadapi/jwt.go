@@ -56,13 +56,15 @@ func (e *endpoint) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDRequ
 
 // FetchJWTBundles implements Workload API §6.2.2.
 func (e *endpoint) FetchJWTBundles(_ *workloadpb.JWTBundlesRequest, stream grpc.ServerStreamingServer[workloadpb.JWTBundlesResponse]) error {
-	return e.follow(stream, func(u *registry.Update) (proto.Message, error) {
-		m := &workloadpb.JWTBundlesResponse{Bundles: outlet.JWTBundles(u, e.log)}
-		if m.Bundles[u.Bundle.TrustDomain.IDString()] == nil {
-			return nil, errNotReady
-		}
-		return m, fit(e, m, m.Bundles, u.Bundle.TrustDomain.IDString())
-	})
+	return e.follow(stream, &e.jwtBundles)
+}
+
+func (e *endpoint) jwtBundlesResponse(u *registry.Update) (proto.Message, error) {
+	m := &workloadpb.JWTBundlesResponse{Bundles: outlet.JWTBundles(u, e.log)}
+	if m.Bundles[u.Bundle.TrustDomain.IDString()] == nil {
+		return nil, errNotReady
+	}
+	return m, fit(e, m, m.Bundles, u.Bundle.TrustDomain.IDString())
 }
 
 // ValidateJWTSVID implements Workload API §6.2.3. Any process may ask, whether

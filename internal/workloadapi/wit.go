@@ -43,17 +43,19 @@ func (e *endpoint) FetchWITBundles(_ *workloadpb.WITBundlesRequest, stream grpc.
 	if e.wit == nil {
 		return errNoWIT
 	}
-	return e.follow(stream, func(u *registry.Update) (proto.Message, error) {
-		m := &workloadpb.WITBundlesResponse{Bundles: map[string]string{}}
-		for id, set := range outlet.WITBundles(u, e.log) {
-			m.Bundles[id] = string(set)
-		}
-		own := u.Bundle.TrustDomain.IDString()
-		if m.Bundles[own] == "" {
-			return nil, errNotReady
-		}
-		return m, fit(e, m, m.Bundles, own)
-	})
+	return e.follow(stream, &e.witBundles)
+}
+
+func (e *endpoint) witBundlesResponse(u *registry.Update) (proto.Message, error) {
+	m := &workloadpb.WITBundlesResponse{Bundles: map[string]string{}}
+	for id, set := range outlet.WITBundles(u, e.log) {
+		m.Bundles[id] = string(set)
+	}
+	own := u.Bundle.TrustDomain.IDString()
+	if m.Bundles[own] == "" {
+		return nil, errNotReady
+	}
+	return m, fit(e, m, m.Bundles, own)
 }
 
 // followWIT is follow for the WIT-SVIDs of the caller, or the one with that ID,

@@ -135,6 +135,8 @@ func filesOfProcess() int64 {
 // closed. It returns nil when all has ended, or why l failed before.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	e := &endpoint{Server: s, stop: ctx.Done(), onStop: func(f func()) func() bool { return context.AfterFunc(ctx, f) }}
+	e.x509SVIDs.build, e.x509Bundles.build = e.x509SVIDResponse, e.x509BundlesResponse
+	e.jwtBundles.build, e.witBundles.build = e.jwtBundlesResponse, e.witBundlesResponse
 	g := grpc.NewServer(
 		grpc.Creds(&limitedCreds{peercred.NewTransportCredentials(s.closed), s}),
 		grpc.ConnectionTimeout(s.limits.PrefaceTimeout),
@@ -149,7 +151,10 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		grpc.WaitForHandlers(true),
 		grpc.StaticStreamWindowSize(window),
 		grpc.StaticConnWindowSize(window),
-		grpc.ReadBufferSize(4<<10), // most callers hold one quiet stream
+		// Most callers hold one quiet stream: what is kept for each is small.
+		grpc.ReadBufferSize(1<<10),
+		grpc.WriteBufferSize(4<<10),
+		grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: s.patience.idle, Time: s.patience.ping, Timeout: s.patience.pong}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)
@@ -191,6 +196,8 @@ type endpoint struct {
 	*Server
 	stop   <-chan struct{}
 	onStop func(func()) (forget func() bool)
+
+	x509SVIDs, x509Bundles, jwtBundles, witBundles messages
 }
 
 func (e *endpoint) stopping() bool {

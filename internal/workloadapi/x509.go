@@ -13,30 +13,34 @@ import (
 
 // FetchX509SVID implements Workload API §5.2.1.
 func (e *endpoint) FetchX509SVID(_ *workloadpb.X509SVIDRequest, stream grpc.ServerStreamingServer[workloadpb.X509SVIDResponse]) error {
-	return e.follow(stream, func(u *registry.Update) (proto.Message, error) {
-		m := &workloadpb.X509SVIDResponse{FederatedBundles: outlet.FederatedX509Bundles(u)}
-		bundle := outlet.X509Bundle(u.Bundle)
-		for _, svid := range outlet.X509SVIDs(u, e.log) {
-			m.Svids = append(m.Svids, &workloadpb.X509SVID{SpiffeId: svid.ID, X509Svid: svid.Chain, X509SvidKey: svid.Key, Bundle: bundle, Hint: svid.Hint})
-		}
-		if len(m.Svids) == 0 || len(bundle) == 0 {
-			return nil, errNotReady // an incomplete response is not allowed
-		}
-		return m, fit(e, m, m.FederatedBundles, "")
-	})
+	return e.follow(stream, &e.x509SVIDs)
+}
+
+func (e *endpoint) x509SVIDResponse(u *registry.Update) (proto.Message, error) {
+	m := &workloadpb.X509SVIDResponse{FederatedBundles: outlet.FederatedX509Bundles(u)}
+	bundle := outlet.X509Bundle(u.Bundle)
+	for _, svid := range outlet.X509SVIDs(u, e.log) {
+		m.Svids = append(m.Svids, &workloadpb.X509SVID{SpiffeId: svid.ID, X509Svid: svid.Chain, X509SvidKey: svid.Key, Bundle: bundle, Hint: svid.Hint})
+	}
+	if len(m.Svids) == 0 || len(bundle) == 0 {
+		return nil, errNotReady // an incomplete response is not allowed
+	}
+	return m, fit(e, m, m.FederatedBundles, "")
 }
 
 // FetchX509Bundles implements Workload API §5.2.2.
 func (e *endpoint) FetchX509Bundles(_ *workloadpb.X509BundlesRequest, stream grpc.ServerStreamingServer[workloadpb.X509BundlesResponse]) error {
-	return e.follow(stream, func(u *registry.Update) (proto.Message, error) {
-		m := &workloadpb.X509BundlesResponse{Bundles: outlet.FederatedX509Bundles(u)}
-		own := outlet.X509Bundle(u.Bundle)
-		if len(own) == 0 {
-			return nil, errNotReady
-		}
-		m.Bundles[u.Bundle.TrustDomain.IDString()] = own
-		return m, fit(e, m, m.Bundles, u.Bundle.TrustDomain.IDString())
-	})
+	return e.follow(stream, &e.x509Bundles)
+}
+
+func (e *endpoint) x509BundlesResponse(u *registry.Update) (proto.Message, error) {
+	m := &workloadpb.X509BundlesResponse{Bundles: outlet.FederatedX509Bundles(u)}
+	own := outlet.X509Bundle(u.Bundle)
+	if len(own) == 0 {
+		return nil, errNotReady
+	}
+	m.Bundles[u.Bundle.TrustDomain.IDString()] = own
+	return m, fit(e, m, m.Bundles, u.Bundle.TrustDomain.IDString())
 }
 
 // fit is outlet.Fit with an error for the caller.
