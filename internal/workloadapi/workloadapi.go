@@ -154,7 +154,6 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		// Most callers hold one quiet stream: what is kept for each is small.
 		grpc.ReadBufferSize(1<<10),
 		grpc.WriteBufferSize(4<<10),
-		grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: s.patience.idle, Time: s.patience.ping, Timeout: s.patience.pong}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)
