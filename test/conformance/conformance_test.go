@@ -65,7 +65,10 @@ func serveFed(t *testing.T, source *workloadtest.Source, socket string) (stop fu
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := workloadapi.New(workloadapi.Config{Source: source, Attestors: []attest.Workload{unix.New(unix.Config{Log: log})}, Log: log})
+	server := workloadapi.New(workloadapi.Config{
+		Source: source, Attestors: []attest.Workload{unix.New(unix.Config{Log: log})}, Log: log,
+		Limits: workloadapi.Limits{AttestationTimeout: patience}, // all rows at once, perhaps with the race detector
+	})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- server.Serve(ctx, l); close(ended) }()
@@ -87,7 +90,7 @@ func TestWorkloadAPI(t *testing.T) {
 func TestOtherTrustDomains(t *testing.T) {
 	for _, name := range OtherTrustDomains {
 		t.Run(name[:min(len(name), 20)], func(t *testing.T) {
-			RunSome(t, func(t *testing.T, _ Ability) System { return startFedOf(t, name) }, func(_ string, needs Ability) bool { return needs == "" || needs == Federation })
+			RunSome(t, func(t *testing.T, _ Ability) System { return startFedOf(t, name) }, func(row string, needs Ability) bool { return (needs == "" || needs == Federation) && !strings.HasPrefix(row, "WAPI-6:") })
 		})
 	}
 }

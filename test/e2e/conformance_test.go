@@ -101,6 +101,8 @@ func newRealSystem(t *testing.T, trustDomain string, needs conformance.Ability) 
 	if needs == conformance.Brokerage {
 		agent = fmt.Sprintf("experimental.broker_socket = %q\nexperimental.brokers = [%q]", r.BrokerSocket(), r.Broker())
 	}
+	// Many systems at once may make a machine slow.
+	agent += "\nlimits.attestation_timeout = \"15s\"\n"
 	r.agentConfig = r.fleet.write(t, "agent.toml", r.agentSection("agent", fmt.Sprintf("join = %q", r.join.Join))+agent)
 	r.startAgent(t)
 	r.entries = entryv1.NewEntryClient(dial(t, r.admin))
