@@ -90,7 +90,9 @@ func TestWorkloadAPI(t *testing.T) {
 func TestOtherTrustDomains(t *testing.T) {
 	for _, name := range OtherTrustDomains {
 		t.Run(name[:min(len(name), 20)], func(t *testing.T) {
-			RunSome(t, func(t *testing.T, _ Ability) System { return startFedOf(t, name) }, func(row string, needs Ability) bool { return (needs == "" || needs == Federation) && !strings.HasPrefix(row, "WAPI-6:") })
+			RunSome(t, func(t *testing.T, _ Ability) System { return startFedOf(t, name) }, func(row string, needs Ability) bool {
+				return (needs == "" || needs == Federation) && !strings.HasPrefix(row, "WAPI-6:")
+			})
 		})
 	}
 }
