@@ -1,14 +1,12 @@
 package brokerapi
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"sync"
 	"time"
 
@@ -124,7 +122,7 @@ func (t *transport) handshake(raw net.Conn) (*conn, credentials.AuthInfo, error)
 
 func (t *transport) authenticate(raw net.Conn, process *peercred.Peer) (*conn, credentials.AuthInfo, error) {
 	s := t.s
-	if err := sharesPIDs(process); err != nil {
+	if err := process.SharesPIDs(); err != nil {
 		return nil, nil, err
 	}
 	secured, info, err := t.TransportCredentials.ServerHandshake(raw)
@@ -250,35 +248,4 @@ func expiry(chain []*x509.Certificate) time.Time {
 		}
 	}
 	return at
-}
-
-// sharesPIDs refuses brokers that are in another pid namespace than this process:
-// the pids that they know are not ours, and would name somebody else here. (From
-// one above, peercred refuses them; these are below.)
-func sharesPIDs(p *peercred.Peer) error {
-	path := fmt.Sprintf("/proc/%d/status", p.PID)
-	status, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	n, err := countPIDs(status)
-	switch {
-	case err != nil:
-		return fmt.Errorf("%s: %w", path, err)
-	case n != 1:
-		return fmt.Errorf("process %d is in another pid namespace, and what it calls a pid is not one here", p.PID)
-	}
-	return p.Alive() // else it was about another
-}
-
-// countPIDs says how many pids /proc/PID/status tells of a process: one for each
-// namespace from that of /proc down to its own. The only text in the file that a
-// process can choose is its name, in which the kernel escapes newlines.
-func countPIDs(status []byte) (int, error) {
-	for line := range bytes.Lines(status) {
-		if pids, ok := bytes.CutPrefix(line, []byte("NSpid:")); ok {
-			return len(bytes.Fields(pids)), nil
-		}
-	}
-	return 0, errors.New("the line NSpid is missing")
 }

@@ -324,23 +324,6 @@ func TestOtherPIDNamespace(t *testing.T) {
 	eventually(t, "it is refused", func() bool { return strings.Contains(r.log.String(), "is in another pid namespace") })
 }
 
-func TestCountPIDs(t *testing.T) {
-	for in, want := range map[string]int{
-		"Name:\tx\nNSpid:\t17\n":      1,
-		"Name:\tx\nNSpid:\t17\t1\nX:": 2,
-		"NSpid:\n":                    0,
-	} {
-		if n, err := countPIDs([]byte(in)); n != want || err != nil {
-			t.Errorf("%q: %d, %v", in, n, err)
-		}
-	}
-	for _, in := range []string{"", "Name:\tNSpid:\t1\n"} {
-		if n, err := countPIDs([]byte(in)); err == nil {
-			t.Errorf("%q: %d", in, n)
-		}
-	}
-}
-
 // Connections and calls of one are limited, and given back.
 func TestLimits(t *testing.T) {
 	s, _ := federated(t)

@@ -140,13 +140,16 @@ type subject struct {
 }
 
 // subject reads who is meant: a process by its pid, or its selectors.
-func (s *Server) subject(ctx context.Context, pid int32, selectors []*types.Selector) (*subject, error) {
+func (s *Server) subject(ctx context.Context, c *caller, pid int32, selectors []*types.Selector) (*subject, error) {
 	switch {
 	case pid != 0 && len(selectors) > 0:
 		return nil, status.Error(codes.InvalidArgument, "a pid and selectors: one of them says which process is meant")
 	case pid < 0:
 		return nil, status.Errorf(codes.InvalidArgument, "%d is not the pid of a process", pid)
 	case pid > 0:
+		if err := c.process.SharesPIDs(); err != nil {
+			return nil, status.Errorf(codes.PermissionDenied, "only a delegate in the agent's pid namespace can ask by pid, others by selectors: %v", err)
+		}
 		return s.pinned(ctx, pid)
 	case len(selectors) == 0:
 		return nil, status.Error(codes.InvalidArgument, "neither a pid nor selectors: one of them says which process is meant")

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -307,6 +308,20 @@ func TestByPID(t *testing.T) {
 	target.kill()
 	p.ends(codes.NotFound, fmt.Sprint(target.cmd.Process.Pid))
 	r.start(delegateUID, "SubscribeToX509SVIDs", byPID(target)).ends(codes.NotFound)
+}
+
+// A delegate in another pid namespace means another process by a pid than the one
+// that has it here. It may ask by selectors.
+func TestOtherPIDNamespace(t *testing.T) {
+	r := newRig(t, id("/proxy"))
+	r.Put(entry("root", 0)) // of process 1, here
+	inside := func(method, request string) *process {
+		return playAs(t, &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID, Credential: &syscall.Credential{Uid: delegateUID, Gid: delegateUID}},
+			"delegate", "DELEGATED_SOCKET="+r.socket, "DELEGATED_CALL="+method, "DELEGATED_REQUEST="+request)
+	}
+	inside("SubscribeToX509SVIDs", `{"pid": 1}`).ends(codes.PermissionDenied, "pid namespace")
+	inside("FetchJWTSVIDs", `{"pid": 1, "audience": ["a"]}`).ends(codes.PermissionDenied, "pid namespace")
+	r.await(inside("SubscribeToX509SVIDs", byUID(targetUID)), "/target")
 }
 
 // A process that runs another program by now gets nothing of what the first one had.
@@ -621,7 +636,7 @@ func FuzzSubject(f *testing.F) {
 		if proto.Unmarshal(data, &m) != nil || m.Pid > 0 && len(m.Selectors) == 0 {
 			return
 		}
-		sub, err := s.subject(t.Context(), m.Pid, m.Selectors)
+		sub, err := s.subject(t.Context(), nil, m.Pid, m.Selectors)
 		if err != nil {
 			if status.Code(err) != codes.InvalidArgument {
 				t.Errorf("%v", err)

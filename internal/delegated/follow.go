@@ -19,7 +19,7 @@ import (
 // has ended. read says who the subject is; it is not asked by those who are no
 // delegates.
 func (s *Server) follow(stream grpc.ServerStream, method string,
-	read func(context.Context) (*subject, error),
+	read func(context.Context, *caller) (*subject, error),
 	look func(*subject) (proto.Message, <-chan struct{}, error),
 ) (err error) {
 	ctx := stream.Context()
@@ -33,7 +33,7 @@ func (s *Server) follow(stream grpc.ServerStream, method string,
 			s.refused(c.process.Peer, method, err)
 		}
 	}()
-	sub, err := read(ctx)
+	sub, err := read(ctx, c)
 	if err != nil {
 		return err
 	}

@@ -38,7 +38,7 @@ func (s *Server) FetchJWTSVIDs(ctx context.Context, req *delegatedidentityv1.Fet
 	if err := checkAudience(req.Audience); err != nil {
 		return nil, err
 	}
-	sub, err := s.subject(ctx, req.Pid, req.Selectors)
+	sub, err := s.subject(ctx, c, req.Pid, req.Selectors)
 	if err != nil {
 		return nil, err
 	}

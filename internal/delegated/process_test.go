@@ -149,9 +149,14 @@ type process struct {
 
 func play(t *testing.T, uid uint32, role string, env ...string) *process {
 	t.Helper()
+	return playAs(t, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}, role, env...)
+}
+
+func playAs(t *testing.T, attr *syscall.SysProcAttr, role string, env ...string) *process {
+	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(env, "DELEGATED_ROLE="+role, "GORACE=atexit_sleep_ms=0")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	cmd.SysProcAttr = attr
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -162,7 +167,7 @@ func play(t *testing.T, uid uint32, role string, env ...string) *process {
 		t.Fatal(err)
 	}
 	if err := cmd.Start(); err != nil {
-		t.Fatalf("starting a process as another user (tests run as root): %v", err)
+		t.Fatalf("starting a process as another user or in another namespace (tests run as root): %v", err)
 	}
 	p := &process{t, cmd, in, bufio.NewScanner(out)}
 	p.lines.Buffer(nil, 8<<20)

@@ -22,7 +22,9 @@ func (s *Server) SubscribeToX509SVIDs(req *delegatedidentityv1.SubscribeToX509SV
 		sent *delegatedidentityv1.SubscribeToX509SVIDsResponse
 	)
 	return s.follow(stream, "SubscribeToX509SVIDs",
-		func(ctx context.Context) (*subject, error) { return s.subject(ctx, req.Pid, req.Selectors) },
+		func(ctx context.Context, c *caller) (*subject, error) {
+			return s.subject(ctx, c, req.Pid, req.Selectors)
+		},
 		func(sub *subject) (proto.Message, <-chan struct{}, error) {
 			u, changed, err := s.source.Current(sub.selectors)
 			if err != nil {
@@ -116,7 +118,7 @@ func (s *Server) SubscribeToX509Bundles(_ *delegatedidentityv1.SubscribeToX509Bu
 }
 
 // nobody is the subject of what is about no process.
-func nobody(context.Context) (*subject, error) { return &subject{}, nil }
+func nobody(context.Context, *caller) (*subject, error) { return &subject{}, nil }
 
 func roots(b *registry.Bundle) (der []byte) {
 	for _, cert := range b.X509Roots() {

@@ -2,6 +2,7 @@ package peercred
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -80,4 +81,36 @@ func (p *Peer) checkOwner() error {
 		return fmt.Errorf("process %d runs as uid %d, gid %d and is not the one that connected as uid %d, gid %d: %w", p.PID, s.UID, s.GID, p.UID, p.GID, ErrChanged)
 	}
 	return nil
+}
+
+// SharesPIDs returns an error unless the process is in the pid namespace of this
+// one: the pids that another knows are not ours, and would name somebody else
+// here. (From one above, FromConn refuses it; these are below.) A process stays in
+// its namespace for good.
+func (p *Peer) SharesPIDs() error {
+	path := fmt.Sprintf("/proc/%d/status", p.PID)
+	status, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	n, err := countPIDs(status)
+	switch {
+	case err != nil:
+		return fmt.Errorf("%s: %w", path, err)
+	case n != 1:
+		return fmt.Errorf("process %d is in another pid namespace, and what it calls a pid is not one here", p.PID)
+	}
+	return p.Alive() // else it was about another
+}
+
+// countPIDs says how many pids /proc/PID/status tells of a process: one for each
+// namespace from that of /proc down to its own. The only text in the file that a
+// process can choose is its name, in which the kernel escapes newlines.
+func countPIDs(status []byte) (int, error) {
+	for line := range bytes.Lines(status) {
+		if pids, ok := bytes.CutPrefix(line, []byte("NSpid:")); ok {
+			return len(bytes.Fields(pids)), nil
+		}
+	}
+	return 0, errors.New("the line NSpid is missing")
 }
