@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // checkProc finds out once whether /proc speaks of the pids that the kernel
@@ -70,17 +72,32 @@ func (p *Peer) checkUserNamespace() error {
 	return nil
 }
 
-// checkOwner confirms that the process with this pid has the credentials of the
-// one that connected.
-func (p *Peer) checkOwner() error {
-	s, err := p.Status()
+// CheckOwner returns an error that is ErrChanged unless the process with this pid
+// has the user and group of the one that connected.
+func (p *Peer) CheckOwner() error {
+	uid, gid, err := p.owner()
 	if err != nil {
 		return fmt.Errorf("confirming process %d: %w", p.PID, err)
 	}
-	if s.UID != p.UID || s.GID != p.GID {
-		return fmt.Errorf("process %d runs as uid %d, gid %d and is not the one that connected as uid %d, gid %d: %w", p.PID, s.UID, s.GID, p.UID, p.GID, ErrChanged)
+	if uid != p.UID || gid != p.GID {
+		return fmt.Errorf("process %d runs as uid %d, gid %d and is not the one that connected as uid %d, gid %d: %w", p.PID, uid, gid, p.UID, p.GID, ErrChanged)
 	}
 	return nil
+}
+
+// owner returns the effective user and group that the process has now. Kernels
+// from 6.13 say so by the pidfd, at a tenth of the price of /proc.
+func (p *Peer) owner() (uid, gid uint32, err error) {
+	info := unix.PidfdInfo{Mask: unix.PIDFD_INFO_CREDS}
+	var infoErr error
+	if err := p.Control(func(fd int) { infoErr = unix.IoctlPidfdInfo(fd, &info) }); err != nil {
+		return 0, 0, err
+	}
+	if infoErr == nil && info.Mask&unix.PIDFD_INFO_CREDS != 0 {
+		return info.Euid, info.Egid, nil
+	}
+	s, err := p.Status() // an older kernel, or the process has ended
+	return s.UID, s.GID, err
 }
 
 // SharesPIDs returns an error unless the process is in the pid namespace of this

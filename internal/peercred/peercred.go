@@ -139,7 +139,7 @@ func (p *Peer) confirm(byPID bool) error {
 		return err
 	}
 	if byPID {
-		if err := p.checkOwner(); err != nil {
+		if err := p.CheckOwner(); err != nil {
 			return err
 		}
 	}
@@ -185,7 +185,7 @@ func (p *Peer) confirmUnchanged() error {
 	if p.atFirstErr != nil {
 		return fmt.Errorf("finding out what process %d ran when it connected: %w", p.PID, p.atFirstErr)
 	}
-	if err := p.checkOwner(); err != nil {
+	if err := p.CheckOwner(); err != nil {
 		return err
 	}
 	now, err := p.program()

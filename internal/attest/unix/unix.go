@@ -13,8 +13,8 @@
 package unix
 
 import (
+	"cmp"
 	"context"
-	"fmt"
 	"log/slog"
 	"strconv"
 
@@ -80,15 +80,8 @@ func (a *Attestor) Attest(ctx context.Context, peer *peercred.Peer, wants func(k
 
 	// After the executable: if the process has become a setuid program in the
 	// meantime, it shows here.
-	status, err := peer.Status()
-	if err != nil {
-		if err := peer.Alive(); err != nil {
-			return nil, err
-		}
-		return nil, err
-	}
-	if status.UID != peer.UID || status.GID != peer.GID {
-		return nil, fmt.Errorf("process %d runs as uid %d, gid %d now, but connected as uid %d, gid %d", peer.PID, status.UID, status.GID, peer.UID, peer.GID)
+	if err := peer.CheckOwner(); err != nil {
+		return nil, orEnded(peer, err)
 	}
 
 	if want("uid") {
@@ -107,13 +100,19 @@ func (a *Attestor) Attest(ctx context.Context, peer *peercred.Peer, wants func(k
 			add("group", name)
 		}
 	}
-	if want("supplementary_gid") {
-		for _, gid := range status.Groups {
+	wantGIDs, wantGroups := want("supplementary_gid"), want("supplementary_group")
+	if !wantGIDs && !wantGroups {
+		return out, peer.Alive()
+	}
+	status, err := peer.Status()
+	if err != nil {
+		return nil, orEnded(peer, err)
+	}
+	for _, gid := range status.Groups {
+		if wantGIDs {
 			add("supplementary_gid", number(gid))
 		}
-	}
-	if want("supplementary_group") {
-		for _, gid := range status.Groups {
+		if wantGroups {
 			if name, ok := a.name(a.groups, peer, gid); ok {
 				add("supplementary_group", name)
 			}
@@ -121,6 +120,9 @@ func (a *Attestor) Attest(ctx context.Context, peer *peercred.Peer, wants func(k
 	}
 	return out, peer.Alive()
 }
+
+// orEnded prefers to say that the process has ended, which is why it was not found.
+func orEnded(peer *peercred.Peer, err error) error { return cmp.Or(peer.Alive(), err) }
 
 func number(id uint32) string { return strconv.FormatUint(uint64(id), 10) }
 

@@ -494,7 +494,7 @@ func TestBecomesSetuidProgram(t *testing.T) {
 	}
 	c := call(t, "/proc/self/exe", "become", as(12345, 12345), "NEXT="+setuid)
 	got, err := a.Attest(t.Context(), c.Peer, wants("uid", "path"))
-	if err == nil || !strings.Contains(err.Error(), "runs as uid 0, gid 12345 now, but connected as uid 12345") {
+	if err == nil || !strings.Contains(err.Error(), "runs as uid 0, gid 12345 and is not the one that connected as uid 12345") {
 		t.Errorf("got %q, %v", got, err)
 	}
 }
