@@ -3,7 +3,6 @@ package brokerapi
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	brokerpb "github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
@@ -76,7 +75,7 @@ func (e *endpoint) FetchJWTSVID(ctx context.Context, req *brokerpb.FetchJWTSVIDR
 	if c, ok := connOf(ctx); ok && !e.brokers[c.broker].jwts.Allow() {
 		return nil, status.Errorf(codes.Unavailable, "more than %d JWT-SVIDs a second", jwtRate)
 	}
-	process, err := e.attest(ctx, p)
+	process, err := e.attest(ctx, p, false)
 	if err != nil {
 		return nil, err
 	}
@@ -113,7 +112,7 @@ func (e *endpoint) follow(stream grpc.ServerStream, ref *brokerpb.WorkloadRefere
 		return err
 	}
 	defer p.Close()
-	process, err := e.attest(ctx, p)
+	process, err := e.attest(ctx, p, false)
 	if err != nil {
 		return err
 	}
@@ -123,14 +122,17 @@ func (e *endpoint) follow(stream grpc.ServerStream, ref *brokerpb.WorkloadRefere
 	var (
 		last *registry.Update
 		sent proto.Message
+
+		attested = true // since the last change
 	)
 	for {
 		update, changed, err := e.cfg.Source.Current(process.Selectors)
 		if process.Outdated(e.cfg.Source.Wants) {
 			// After Current, so that an entry seen there was seen here.
-			if process, err = e.attest(ctx, p); err != nil {
+			if process, err = e.attest(ctx, p, sent != nil); err != nil {
 				return err
 			}
+			attested = true
 			continue
 		}
 		switch {
@@ -146,17 +148,16 @@ func (e *endpoint) follow(stream grpc.ServerStream, ref *brokerpb.WorkloadRefere
 				return err
 			}
 			if sent == nil || !proto.Equal(sent, msg) {
-				if sent != nil {
-					// It may be in other groups by now, or another unit.
-					again, err := e.attest(ctx, p)
-					if err != nil {
+				if sent != nil && !attested {
+					// It may be in other groups by now, or another unit; and while
+					// that was found out, what it may have may have changed.
+					if process, err = e.attest(ctx, p, true); err != nil {
 						return err
 					}
-					moved := !slices.Equal(again.Selectors, process.Selectors)
-					if process = again; moved {
-						continue
-					}
-				} else if err := process.Confirm(); err != nil {
+					attested = true
+					continue
+				}
+				if err := process.Confirm(); err != nil {
 					return trouble(p.PID, err)
 				}
 				if err := stream.SendMsg(msg); err != nil {
@@ -170,6 +171,7 @@ func (e *endpoint) follow(stream grpc.ServerStream, ref *brokerpb.WorkloadRefere
 			}
 			last = update
 		}
+		attested = false
 		select {
 		case <-changed:
 		case <-patience.C:

@@ -33,25 +33,27 @@ import (
 
 // Limits that are not worth a setting: there are few brokers, and they are known.
 const (
-	handshakeTimeout = 5 * time.Second
-	attestQueueTime  = 2 * time.Second  // for the broker's share of attestations
-	signingTimeout   = 5 * time.Second  // how long a broker waits for an SVID on its way
-	jwtTimeout       = 10 * time.Second // for the server to sign JWT-SVIDs
-	drainTimeout     = time.Second      // for RPCs to end when the endpoint does
-	lookAgain        = 10 * time.Second // at the certificates of open connections
-	maxHeaders       = 16 << 10         // bytes
-	maxRequest       = 64 << 10         // bytes
-	maxChain         = 5                // certificates that a broker may show
-	handshakes       = 32               // at a time
-	connsPerBroker   = 16
-	connsOfOthers    = 8 // of SPIFFE IDs that are not on the list, all together
-	callsPerBroker   = 2048
-	attestsPerBroker = 32   // at a time
-	callRate         = 500  // a second, of one broker
-	jwtRate          = 50   // a second, of one broker
-	refusalRate      = 10   // a second, that are logged at Info
-	burst            = 2    // seconds' worth of each rate
-	streamsPerConn   = 2048 // so that one connection will do
+	handshakeTimeout  = 5 * time.Second
+	attestQueueTime   = 2 * time.Second  // for a new call's turn to attest
+	signingTimeout    = 5 * time.Second  // how long a broker waits for an SVID on its way
+	jwtTimeout        = 10 * time.Second // for the server to sign JWT-SVIDs
+	drainTimeout      = time.Second      // for RPCs to end when the endpoint does
+	lookAgain         = 10 * time.Second // at the certificates of open connections
+	maxHeaders        = 16 << 10         // bytes
+	maxRequest        = 64 << 10         // bytes
+	maxChain          = 5                // certificates that a broker may show
+	handshakes        = 32               // at a time
+	connsPerBroker    = 16
+	connsOfOthers     = 8 // of SPIFFE IDs that are not on the list, all together
+	callsPerBroker    = 2048
+	attestsPerBroker  = 256 // at a time; the next two are of that
+	attestsPerUser    = 32  // of the processes of one user
+	attestsPerProcess = 4
+	callRate          = 500  // a second, of one broker
+	jwtRate           = 50   // a second, of one broker
+	refusalRate       = 10   // a second, that are logged at Info
+	burst             = 2    // seconds' worth of each rate
+	streamsPerConn    = 2048 // so that one connection will do
 )
 
 // Config of a Server.
@@ -77,6 +79,8 @@ type Config struct {
 	AttestationTimeout time.Duration
 
 	Now func() time.Time // by which certificates expire; nil: time.Now
+
+	queueTime time.Duration // 0: attestQueueTime
 }
 
 // Server serves the Broker API.
@@ -98,6 +102,7 @@ func New(cfg Config) *Server {
 		cfg.Now = func() time.Time { return time.Now().Round(0) }
 	}
 	cfg.AttestationTimeout = cmp.Or(cfg.AttestationTimeout, time.Second)
+	cfg.queueTime = cmp.Or(cfg.queueTime, attestQueueTime)
 	if cfg.Ready == nil {
 		cfg.Ready = func() (bool, <-chan struct{}) { return true, nil }
 	}
@@ -205,7 +210,7 @@ func (e *endpoint) stopping() bool { return e.ctx.Err() != nil }
 // share is what one broker holds of the limits.
 type share struct {
 	calls, jwts *rate.Limiter
-	attests     chan struct{} // holds one for each attestation
+	attests     *turns
 
 	mu       sync.Mutex // guards the fields below
 	maxConns int
@@ -217,7 +222,7 @@ func newShare(conns int) *share {
 	return &share{
 		calls:    rate.NewLimiter(callRate, burst*callRate),
 		jwts:     rate.NewLimiter(jwtRate, burst*jwtRate),
-		attests:  make(chan struct{}, attestsPerBroker),
+		attests:  newTurns(),
 		maxConns: conns,
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"time"
 
 	brokerpb "github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
 	"golang.org/x/sys/unix"
@@ -74,21 +75,19 @@ func trouble(pid int32, err error) error {
 }
 
 // attest finds out what a process is, itself: nothing that a broker says of it is
-// believed. An error is fit to be the answer.
-func (e *endpoint) attest(ctx context.Context, p *peercred.Peer) (*attest.Process, error) {
+// believed. A new call waits a moment for its turn. A stream that is open waits as
+// long as it takes: after a change all of them want one at the same time, and the
+// broker has what was good until then. An error is fit to be the answer.
+func (e *endpoint) attest(ctx context.Context, p *peercred.Peer, open bool) (*attest.Process, error) {
 	c, ok := connOf(ctx)
 	if !ok || e.brokers[c.broker] == nil {
 		return nil, status.Error(codes.Internal, "the caller is not known")
 	}
-	turns := e.brokers[c.broker].attests
-	waiting, cancel := context.WithTimeout(ctx, attestQueueTime)
-	defer cancel()
-	select {
-	case turns <- struct{}{}:
-	case <-waiting.Done():
-		return nil, status.Error(codes.Unavailable, "too many processes are being attested for this broker")
+	release, err := e.waitTurn(ctx, e.brokers[c.broker].attests, p, open)
+	if err != nil {
+		return nil, err
 	}
-	ctx, cancel = context.WithTimeout(ctx, e.cfg.AttestationTimeout)
+	ctx, cancel := context.WithTimeout(ctx, e.cfg.AttestationTimeout)
 	defer cancel()
 	type outcome struct {
 		process *attest.Process
@@ -98,7 +97,7 @@ func (e *endpoint) attest(ctx context.Context, p *peercred.Peer) (*attest.Proces
 	// What an attestor asks may hang for good, such as a file system of the
 	// process's own. Then this goroutine hangs, and counts, and nothing else.
 	go func() {
-		defer func() { <-turns }()
+		defer release()
 		process, err := attest.Attest(ctx, e.cfg.Attestors, p, e.cfg.Source.Wants)
 		done <- outcome{process, err}
 	}()
@@ -116,4 +115,29 @@ func (e *endpoint) attest(ctx context.Context, p *peercred.Peer) (*attest.Proces
 	}
 	e.refused("attestation did not succeed", c, fmt.Errorf("process %d: %w", p.PID, o.err))
 	return nil, trouble(p.PID, o.err)
+}
+
+// waitTurn waits for a turn to attest a process.
+func (e *endpoint) waitTurn(ctx context.Context, turns *turns, p *peercred.Peer, open bool) (release func(), err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if open {
+		go func() { // nobody waits for a process that has ended
+			select {
+			case <-p.Done():
+				cancel()
+			case <-ctx.Done():
+			}
+		}()
+	} else {
+		defer time.AfterFunc(e.cfg.queueTime, cancel).Stop()
+	}
+	release, err = turns.acquire(ctx, p)
+	switch {
+	case err == nil:
+		return release, nil
+	case errors.Is(p.Alive(), peercred.ErrEnded):
+		return nil, trouble(p.PID, peercred.ErrEnded)
+	}
+	return nil, status.Error(codes.Unavailable, "too many processes are being attested for this broker")
 }
