@@ -30,6 +30,15 @@ import (
 // errNoWIT is what workloads are told that want WIT-SVIDs of a server that has none.
 var errNoWIT = fmt.Errorf("%w: the server does not sign WIT-SVIDs (server.experimental.wit_svid there)", registry.ErrNotReady)
 
+const (
+	// witPatience is how long a workload waits for a token on its way before it is
+	// given what there is. Less than the outlets wait, who then give up.
+	witPatience = 3 * time.Second
+	// witLeast is what a token has left, at least, if another can be had; or a
+	// tenth of its life.
+	witLeast = 30 * time.Second
+)
+
 // wits are the WIT-SVIDs in memory, of which there is nothing on the disk: each is
 // got when a workload first asks for it, and renewed for as long as one does.
 // Agent.signWITs does that, beside steer: the profile is incubating, and trouble
@@ -39,16 +48,20 @@ type wits struct {
 
 	mu      sync.Mutex // guards the fields below
 	held    map[string]*heldWIT
-	demand  map[string]bool // entry IDs that workloads wait for
-	refused error           // errNoWIT as long as the server says so
-	changed chan struct{}   // closed when an answer of WITSVIDs may have changed
+	demand  map[string]time.Time // entries that workloads want one of, and until when they wait for it; zero: no more
+	failing *retry               // of calls
+	retries map[string]*retry    // of entries
+	refused error                // errNoWIT as long as the server says so
+	changed chan struct{}        // closed when an answer of WITSVIDs may have changed
 }
 
 func newWITs() *wits {
 	return &wits{
 		kick:    make(chan struct{}, 1),
 		held:    map[string]*heldWIT{},
-		demand:  map[string]bool{},
+		demand:  map[string]time.Time{},
+		failing: newRetry(),
+		retries: map[string]*retry{},
 		changed: make(chan struct{}),
 	}
 }
@@ -77,12 +90,19 @@ func (h *heldWIT) good(e *registry.Entry, bundle *registry.Bundle, at time.Time)
 	return ok && !authority.Tainted
 }
 
+// ending says whether there is so little left of a WIT-SVID that it is better to
+// wait for the next one.
+func (h *heldWIT) ending(at time.Time) bool {
+	return h.svid.ExpiresAt.Sub(at) < min(h.svid.ExpiresAt.Sub(h.begun)/10, witLeast)
+}
+
 // WITSVIDs implements registry.WITSource. Config.WIT has to be set.
 func (a *Agent) WITSVIDs(selectors []registry.Selector, id spiffeid.ID) ([]*registry.WITSVID, <-chan struct{}, error) {
 	w := a.wits
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	// This channel before the snapshot: signWITs closes it for each one that comes.
+	// This channel before the snapshot: signWITs closes it for each one that comes,
+	// and never waits for a server meanwhile.
 	changed := w.changed
 	s := a.snap.Load()
 	if s.bundle == nil {
@@ -93,10 +113,19 @@ func (a *Agent) WITSVIDs(selectors []registry.Selector, id spiffeid.ID) ([]*regi
 		return !id.IsZero() && e.SPIFFEID != id
 	})
 	var out []*registry.WITSVID
+	reachable := a.linkInUse() != nil && !w.failing.due(at).After(at)
+	wait := false
 	for _, e := range entries {
 		h := w.held[e.ID]
-		if h == nil || !h.good(e, s.bundle, at) {
-			w.demand[e.ID] = true
+		good := h != nil && h.good(e, s.bundle, at)
+		// One that nobody had was not renewed: then this is who asks for it.
+		if !good || h.revision != e.Revision || !at.Before(h.renewAt) {
+			w.want(e.ID, at)
+		}
+		if !good || h.ending(at) {
+			wait = wait || reachable && w.waits(e.ID, at)
+		}
+		if !good {
 			continue
 		}
 		h.used = true
@@ -107,16 +136,33 @@ func (a *Agent) WITSVIDs(selectors []registry.Selector, id spiffeid.ID) ([]*regi
 		}
 		out = append(out, svid)
 	}
-	if len(w.demand) > 0 {
-		w.wake()
-	}
 	switch {
+	case wait:
+		// All or none (Workload API §7.2.1), if that can be had soon: streams keep
+		// what they have, and their last message is not without the one that is
+		// being replaced.
+		return nil, changed, registry.ErrNotReady
 	case len(out) > 0 || len(entries) == 0:
 		return out, changed, nil
 	case w.refused != nil:
 		return nil, nil, w.refused
 	}
 	return nil, changed, registry.ErrNotReady
+}
+
+// want has a token got for an entry. It is called with mu held.
+func (w *wits) want(entryID string, at time.Time) {
+	if _, ok := w.demand[entryID]; !ok {
+		w.demand[entryID] = at.Add(witPatience)
+		w.wake()
+	}
+}
+
+// waits says whether the token of an entry is worth waiting for: it has not failed,
+// nor taken too long. It is called with mu held.
+func (w *wits) waits(entryID string, at time.Time) bool {
+	left := w.demand[entryID].Sub(at) // more than there was if the clock was set back
+	return left > 0 && left <= witPatience && w.retries[entryID] == nil
 }
 
 func (w *wits) wake() {
@@ -137,6 +183,7 @@ func (w *wits) clear() {
 	defer w.mu.Unlock()
 	clear(w.held)
 	clear(w.demand)
+	clear(w.retries)
 	w.tell()
 }
 
@@ -157,27 +204,28 @@ func (a *Agent) signWITs(ctx context.Context) {
 	if !a.cfg.WIT {
 		return
 	}
-	failing := newRetry()          // of calls
-	retries := map[string]*retry{} // of entries
 	var seen *snapshot
+	// The call is made beside this: streams are to hear at once of what is taken
+	// away, however long a server lets it wait.
+	var call chan struct{} // closed at the end of the one in flight; nil: there is none
+	defer func() {
+		if call != nil {
+			<-call
+		}
+	}()
 	for ctx.Err() == nil {
 		clockSet := a.clockSet.next() // before the clock is read
 		s, at := a.snap.Load(), a.now()
-		todo, next := a.wits.plan(s, at, retries, s != seen)
+		todo, next := a.wits.plan(s, at, s != seen)
 		seen = s
-		if len(todo) > 0 {
-			if next = failing.due(at); !next.After(at) {
-				err := a.signWITBatch(ctx, todo[:min(len(todo), maxBatch)], retries)
-				if ctx.Err() != nil {
-					return
+		if len(todo) > 0 && call == nil {
+			call = make(chan struct{})
+			go func(done chan struct{}) {
+				defer close(done)
+				if err := a.signWITBatch(ctx, todo[:min(len(todo), maxBatch)]); ctx.Err() == nil {
+					a.calledForWITs(err)
 				}
-				if err == nil {
-					failing.reset()
-					continue
-				}
-				failing.at = a.now().Add(a.putOffWITs(err, failing))
-				continue
-			}
+			}(call)
 		}
 		wait := lookAgain // timers stop while a host sleeps
 		if !next.IsZero() {
@@ -188,6 +236,8 @@ func (a *Agent) signWITs(ctx context.Context) {
 		case <-ctx.Done():
 		case <-timer.C:
 		case <-clockSet:
+		case <-call:
+			call = nil
 		case <-a.wits.kick:
 		case <-s.changed:
 		}
@@ -195,29 +245,47 @@ func (a *Agent) signWITs(ctx context.Context) {
 	}
 }
 
-// putOffWITs says how long to wait after a call that failed.
-func (a *Agent) putOffWITs(err error, failing *retry) time.Duration {
-	if status.Code(err) == codes.Unimplemented {
-		if a.wits.refuse(errNoWIT) {
-			a.log.Warn("the server does not sign WIT-SVIDs; trying again now and then", "err", err)
+// calledForWITs notes how a call went, and how long to wait if it failed.
+func (a *Agent) calledForWITs(err error) {
+	w := a.wits
+	off := status.Code(err) == codes.Unimplemented
+	if off && w.refuse(errNoWIT) {
+		a.log.Warn("the server does not sign WIT-SVIDs; trying again now and then", "err", err)
+	}
+	away := isAway(err) || a.linkInUse() == nil
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err == nil {
+		w.failing.reset()
+		return
+	}
+	defer w.tell() // nobody is to wait for it any more
+	delay := longestDelay
+	if !off {
+		a.log.Debug("WIT-SVIDs were not signed", "err", err)
+		delay = w.failing.next()
+		if away {
+			delay = min(delay, lookAgain) // it costs the server nothing
 		}
-		return longestDelay
 	}
-	a.log.Debug("WIT-SVIDs were not signed", "err", err)
-	if isAway(err) || a.linkInUse() == nil {
-		return min(failing.next(), lookAgain) // it costs the server nothing
-	}
-	return failing.next()
+	w.failing.at = a.now().Add(delay)
 }
 
 // plan drops what is not to be handed out any more, tells those who wait if news
-// says that there is something else to see, and returns the entries that are due
-// now and when the next one is.
-func (w *wits) plan(s *snapshot, at time.Time, retries map[string]*retry, news bool) (todo []*registry.Entry, next time.Time) {
+// says that there is something else to see, or that they have waited long enough,
+// and returns the entries that are due now and when there is more to do.
+func (w *wits) plan(s *snapshot, at time.Time, news bool) (todo []*registry.Entry, next time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if news {
-		defer w.tell()
+	defer func() {
+		if news {
+			w.tell()
+		}
+	}()
+	soonest := func(t time.Time) {
+		if next.IsZero() || t.Before(next) {
+			next = t
+		}
 	}
 	entry := func(id string) *registry.Entry {
 		i, ok := slices.BinarySearchFunc(s.entries, id, func(e *registry.Entry, id string) int { return cmp.Compare(e.ID, id) })
@@ -233,7 +301,7 @@ func (w *wits) plan(s *snapshot, at time.Time, retries map[string]*retry, news b
 		case !h.good(e, s.bundle, at):
 			delete(w.held, id)
 			if e != nil && h.used { // an open stream has it, most likely
-				w.demand[id] = true
+				w.want(id, at)
 			}
 		case !h.used:
 			// Nobody has asked for it since it was renewed: it just ends.
@@ -243,22 +311,32 @@ func (w *wits) plan(s *snapshot, at time.Time, retries map[string]*retry, news b
 			due[id] = h.renewAt
 		}
 	}
-	for id := range w.demand {
-		if entry(id) == nil {
+	for id, until := range w.demand {
+		switch {
+		case entry(id) == nil:
 			delete(w.demand, id)
 			continue
+		case until.IsZero():
+		case w.waits(id, at):
+			soonest(until)
+		default:
+			w.demand[id] = time.Time{}
+			news = true
 		}
 		due[id] = at
 	}
-	maps.DeleteFunc(retries, func(id string, _ *retry) bool { return entry(id) == nil })
+	maps.DeleteFunc(w.retries, func(id string, _ *retry) bool { return entry(id) == nil })
 	for id, t := range due {
-		if r := retries[id]; r != nil && r.due(at).After(t) {
+		if r := w.retries[id]; r != nil && r.due(at).After(t) {
 			t = r.due(at)
+		}
+		if rest := w.failing.due(at); rest.After(t) {
+			t = rest
 		}
 		if !t.After(at) {
 			todo = append(todo, entry(id))
-		} else if next.IsZero() || t.Before(next) {
-			next = t
+		} else {
+			soonest(t)
 		}
 	}
 	slices.SortFunc(todo, func(x, y *registry.Entry) int { return cmp.Compare(x.ID, y.ID) })
@@ -267,7 +345,7 @@ func (w *wits) plan(s *snapshot, at time.Time, retries map[string]*retry, news b
 
 // signWITBatch gets WIT-SVIDs for entries, each with a new key, as many as keys can
 // be made for in good time.
-func (a *Agent) signWITBatch(ctx context.Context, entries []*registry.Entry, retries map[string]*retry) error {
+func (a *Agent) signWITBatch(ctx context.Context, entries []*registry.Entry) error {
 	const doing = "getting WIT-SVIDs signed"
 	l := a.linkInUse()
 	if l == nil {
@@ -323,10 +401,10 @@ func (a *Agent) signWITBatch(ctx context.Context, entries []*registry.Entry, ret
 			err = status.Error(code, resp.Results[i].Status.Message)
 		}
 		if err != nil {
-			r := retries[e.ID]
+			r := w.retries[e.ID]
 			if r == nil {
 				r = newRetry()
-				retries[e.ID] = r
+				w.retries[e.ID] = r
 			}
 			r.at = at.Add(r.next())
 			a.log.Warn("the server did not sign a WIT-SVID that is good", "entry_id", e.ID, "spiffe_id", e.SPIFFEID, "address", l.addr, "err", err)
@@ -334,7 +412,7 @@ func (a *Agent) signWITBatch(ctx context.Context, entries []*registry.Entry, ret
 		}
 		w.held[e.ID] = got
 		delete(w.demand, e.ID)
-		delete(retries, e.ID)
+		delete(w.retries, e.ID)
 		a.log.Debug("got a WIT-SVID", "entry_id", e.ID, "spiffe_id", e.SPIFFEID, "expires_at", got.svid.ExpiresAt)
 	}
 	return nil

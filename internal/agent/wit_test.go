@@ -36,6 +36,7 @@ type fakeWIT struct {
 	ttl   time.Duration
 	keys  map[string]bool // that tokens were bound to
 	calls int
+	hang  bool // calls get no answer
 	// forge replaces what is signed.
 	forge func(claims map[string]any)
 }
@@ -84,7 +85,7 @@ func witClaimsFor(id string, pub crypto.PublicKey, alg string, ttl time.Duration
 	}
 }
 
-func (f *fakeServer) BatchNewWITSVID(_ context.Context, req *svidv1.BatchNewWITSVIDRequest) (*svidv1.BatchNewWITSVIDResponse, error) {
+func (f *fakeServer) BatchNewWITSVID(ctx context.Context, req *svidv1.BatchNewWITSVIDRequest) (*svidv1.BatchNewWITSVIDResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	w := f.wit
@@ -92,6 +93,12 @@ func (f *fakeServer) BatchNewWITSVID(_ context.Context, req *svidv1.BatchNewWITS
 		return nil, status.Error(codes.Unimplemented, "WIT-SVIDs are off")
 	}
 	w.calls++
+	if w.hang {
+		f.mu.Unlock()
+		<-ctx.Done()
+		f.mu.Lock()
+		return nil, status.FromContextError(ctx.Err()).Err()
+	}
 	resp := &svidv1.BatchNewWITSVIDResponse{}
 	for _, p := range req.Params {
 		result := &svidv1.BatchNewWITSVIDResponse_Result{Status: &types.Status{}}
@@ -202,8 +209,7 @@ func TestWITSVIDs(t *testing.T) {
 			t.Error("renewed too early")
 		}
 		// Renewed at half of its life, with another key (the fake sees to that).
-		_, changed, _ := n.WITSVIDs(both, spiffeid.ID{})
-		<-changed
+		time.Sleep(9 * time.Minute)
 		second := n.awaitWIT(both, "the next", func(svids []*registry.WITSVID, err error) bool {
 			return err == nil && len(svids) == 2 && svids[0] != first[0] && svids[1] != first[1]
 		})
@@ -338,6 +344,137 @@ func TestWITOutage(t *testing.T) {
 		}
 		f.goDown(false)
 		n.awaitWIT(uid("1"), "one again", witCount(1))
+	})
+}
+
+// A token that nobody had was not renewed. Whoever asks for it late has it renewed,
+// and is given it only if there is none with more life left.
+func TestWITLate(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		left time.Duration // of the token when somebody asks
+		hurt func(f *fakeServer, w *fakeWIT)
+		old  bool          // it is handed out
+		wait time.Duration // at most
+	}{
+		{"past half", 20 * time.Minute, nil, true, 0},
+		{"near its end", 20 * time.Second, nil, false, time.Second},
+		{"no answer", 20 * time.Second, func(_ *fakeServer, w *fakeWIT) { w.hang = true }, true, witPatience},
+		{"no server", 20 * time.Second, func(f *fakeServer, _ *fakeWIT) {
+			f.before = func(string) error { return status.Error(codes.Unavailable, "going down") }
+		}, true, time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFake(t, newTestCA(t, td), false)
+				w := newFakeWIT(t, f)
+				f.add(testEntry(1))
+				n := startWIT(t, f)
+				n.awaitWIT(uid("1"), "one", witCount(1))
+				time.Sleep(40 * time.Minute) // renewed, for nobody
+				n.wits.mu.Lock()
+				unused := n.wits.held["entry-00001"]
+				n.wits.mu.Unlock()
+				if unused == nil || unused.used {
+					t.Fatalf("%+v", unused)
+				}
+				time.Sleep(time.Until(unused.svid.ExpiresAt) - tt.left)
+				if tt.hurt != nil {
+					f.set(func() { tt.hurt(f, w) })
+				}
+				began := time.Now()
+				got := n.awaitWIT(uid("1"), "one late", witCount(1))[0]
+				if (got == unused.svid) != tt.old || time.Since(began) > tt.wait {
+					t.Errorf("after %s got one with %s left", time.Since(began), time.Until(got.ExpiresAt))
+				}
+				if tt.hurt != nil {
+					return
+				}
+				time.Sleep(time.Second)
+				if got := n.awaitWIT(uid("1"), "a new one", witCount(1))[0]; got == unused.svid {
+					t.Error("asking for it does not renew it at once")
+				}
+			})
+		})
+	}
+}
+
+// WAPI-53: all the identities of a process, though it shares one with a process
+// that has it already.
+func TestWITAllOrNone(t *testing.T) {
+	for name, hang := range map[string]bool{"answers": false, "hangs": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFake(t, newTestCA(t, td), false)
+				w := newFakeWIT(t, f)
+				f.add(testEntry(1), testEntry(2))
+				n := startWIT(t, f)
+				n.awaitWIT(uid("2"), "one", witCount(1))
+				f.set(func() { w.hang = hang })
+				began := time.Now()
+				any := func(svids []*registry.WITSVID, _ error) bool { return len(svids) > 0 }
+				got := n.awaitWIT(append(uid("1"), uid("2")...), "some", any)
+				if len(got) == 2 == hang || time.Since(began) > witPatience {
+					t.Errorf("%d after %s", len(got), time.Since(began))
+				}
+			})
+		})
+	}
+}
+
+// An identity stays with a stream while its token is replaced, because its
+// authority is tainted.
+func TestWITReplaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, newTestCA(t, td), false)
+		w := newFakeWIT(t, f)
+		f.add(testEntry(1), testEntry(2))
+		n := startWIT(t, f)
+		both := append(uid("1"), uid("2")...)
+		// One of them is of the next authority already.
+		old := n.awaitWIT(uid("1"), "one", witCount(1))[0]
+		f.set(func() {
+			before := f.trust.WitAuthorities[0]
+			w.rotate(t, f)
+			f.trust.WitAuthorities = append(f.trust.WitAuthorities, before)
+		})
+		time.Sleep(time.Minute)
+		n.awaitWIT(both, "both", witCount(2))
+		f.set(func() {
+			f.trust.WitAuthorities[1].Tainted = true
+			f.trust.SequenceNumber++
+		})
+		n.awaitWIT(both, "the next", func(svids []*registry.WITSVID, err error) bool {
+			if err == nil && len(svids) != 2 {
+				t.Errorf("has %d for a moment", len(svids))
+			}
+			return len(svids) == 2 && svids[0] != old
+		})
+	})
+}
+
+// What is taken away is so at once, though the server does not answer a call.
+func TestWITGoesMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, newTestCA(t, td), false)
+		w := newFakeWIT(t, f)
+		f.add(testEntry(1), testEntry(2))
+		n := startWIT(t, f)
+		n.awaitWIT(uid("1"), "one", witCount(1))
+		f.remove("entry-00001")
+		// Somebody else's call begins just before the list comes.
+		s := n.snap.Load()
+		f.set(func() { w.hang = true })
+		n.WITSVIDs(uid("2"), spiffeid.ID{})
+		synctest.Wait()
+		_, told, _ := n.WITSVIDs(uid("1"), spiffeid.ID{})
+		n.syncSoon()
+		<-s.changed
+		began := time.Now()
+		<-told
+		if svids, _, err := n.WITSVIDs(uid("1"), spiffeid.ID{}); err != nil || len(svids) > 0 || time.Since(began) > 0 {
+			t.Errorf("%v, %v, told after %s", svids, err, time.Since(began))
+		}
 	})
 }
 
