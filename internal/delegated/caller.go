@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -37,6 +37,7 @@ type caller struct {
 	process *attest.Process
 	as      spiffeid.ID     // what it is a delegate by
 	changed <-chan struct{} // closed when it may not be any more
+	open    bool            // something was sent: it waits for turns as long as it takes
 }
 
 // admit finds out who calls, and whether he is a delegate. end is to be called
@@ -58,7 +59,7 @@ func (s *Server) admit(ctx context.Context, method string) (c *caller, end func(
 		return nil, nil, status.Errorf(codes.Unavailable, "the processes of uid %d hold %d calls, which is the limit", p.UID, maxCalls)
 	}
 	c = &caller{}
-	if c.process, err = s.attest(ctx, p); err == nil {
+	if c.process, err = s.attest(ctx, p, false); err == nil {
 		err = s.entitle(ctx, c)
 	}
 	if err != nil {
@@ -77,7 +78,7 @@ func (s *Server) entitle(ctx context.Context, c *caller) error {
 		}
 		if again && c.process.Outdated(s.source.Wants) {
 			// After Entries, so that an entry seen there was seen here.
-			if c.process, err = s.attest(ctx, c.process.Peer); err != nil {
+			if err := s.lookAgain(ctx, c); err != nil {
 				return err
 			}
 			continue
@@ -93,17 +94,35 @@ func (s *Server) entitle(ctx context.Context, c *caller) error {
 	}
 }
 
-// attest finds out what a process is. An error is fit to be the answer.
-func (s *Server) attest(ctx context.Context, p *peercred.Peer) (*attest.Process, error) {
+// attest finds out what a process is. For a stream that is open it waits for its
+// turn as long as it takes: after a change all of them want one at the same time,
+// and the delegate has what was good until then. started, if there is one, is
+// called when that is over. An error is fit to be the answer.
+func (s *Server) attest(ctx context.Context, p *peercred.Peer, open bool, started ...func()) (*attest.Process, error) {
 	failed := func(err error) error {
 		return status.Errorf(codes.Unavailable, "the process %d could not be attested: %v", p.PID, err)
 	}
 	// By the user of the process that is looked at: one whose files hang takes
 	// nothing from others.
 	u := s.hold(p.UID)
-	waiting, cancel := context.WithTimeout(ctx, queueTime)
+	waiting, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if err := u.attestations.Acquire(waiting, 1); err != nil {
+	if open {
+		go func() { // nobody waits for a process that has ended
+			select {
+			case <-p.Done():
+				cancel()
+			case <-waiting.Done():
+			}
+		}()
+	} else {
+		defer time.AfterFunc(s.queueTime, cancel).Stop()
+	}
+	err := u.attestations.Acquire(waiting, 1)
+	for _, f := range started {
+		f()
+	}
+	if err != nil {
 		s.letGo(p.UID)
 		return nil, failed(fmt.Errorf("too many processes of uid %d are being attested", p.UID))
 	}
@@ -181,7 +200,7 @@ func (s *Server) pinned(ctx context.Context, pid int32) (*subject, error) {
 	case err != nil:
 		return nil, status.Errorf(codes.FailedPrecondition, "looking for the process %d: %v", pid, err)
 	}
-	process, err := s.attest(ctx, peer)
+	process, err := s.attest(ctx, peer, false)
 	if err != nil {
 		if peer.Alive() != nil {
 			err = errGone(pid)
@@ -212,33 +231,93 @@ func (sub *subject) ended() <-chan struct{} {
 	return sub.process.Done()
 }
 
-// reattest finds out anew what the process is, and whether that is as it was.
-func (s *Server) reattest(ctx context.Context, sub *subject) (same bool, err error) {
-	if sub.process == nil {
-		return true, nil
+// look is one attestation of a caller that several of its streams wait for.
+type look struct {
+	done    chan struct{} // closed when the next two are set
+	process *attest.Process
+	err     error
+}
+
+// lookAgain finds out anew what the caller is. Its streams share that, as long as
+// it has not begun: one change wakes them all. An error is fit to be the answer.
+func (s *Server) lookAgain(ctx context.Context, c *caller) (err error) {
+	p := c.process.Peer
+	if !c.open {
+		c.process, err = s.attest(ctx, p, false)
+		return err
 	}
-	again, err := s.attest(ctx, sub.process.Peer)
+	s.mu.Lock()
+	l := s.looks[p]
+	if l == nil {
+		l = &look{done: make(chan struct{})}
+		s.looks[p] = l
+		go func() {
+			defer close(l.done)
+			// Not for one stream: it ends with the connection, if not before.
+			l.process, l.err = s.attest(context.Background(), p, true, func() {
+				s.mu.Lock()
+				delete(s.looks, p)
+				s.mu.Unlock()
+			})
+		}()
+	}
+	s.mu.Unlock()
+	select {
+	case <-l.done:
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	}
+	if l.err != nil {
+		return l.err
+	}
+	c.process = l.process
+	return nil
+}
+
+// reattest finds out anew what the subject is. An error is fit to be the answer.
+func (s *Server) reattest(ctx context.Context, c *caller, sub *subject) error {
+	if sub.process == nil {
+		return nil
+	}
+	again, err := s.attest(ctx, sub.process.Peer, c.open)
 	if err != nil {
 		if sub.process.Alive() != nil {
 			err = errGone(sub.process.PID)
 		}
-		return false, err
+		return err
 	}
-	same = slices.Equal(again.Selectors, sub.selectors)
 	sub.process, sub.selectors = again, again.Selectors
-	return same, nil
+	return nil
 }
 
-// confirm looks at caller and subject once more before something is sent. If the
-// subject is not what it was, nothing is to be sent.
-func (s *Server) confirm(ctx context.Context, c *caller, sub *subject) (same bool, err error) {
-	if c.process, err = s.attest(ctx, c.process.Peer); err != nil {
-		return false, err
+// attestBoth finds out anew what caller and subject are: they may be in other
+// groups by now, or another unit. An error is fit to be the answer.
+func (s *Server) attestBoth(ctx context.Context, c *caller, sub *subject) error {
+	if err := s.lookAgain(ctx, c); err != nil {
+		return err
 	}
 	if err := s.entitle(ctx, c); err != nil {
-		return false, err
+		return err
 	}
-	return s.reattest(ctx, sub)
+	return s.reattest(ctx, c, sub)
+}
+
+// confirm makes sure that caller and subject are the programs that were attested.
+// An error is fit to be the answer.
+func confirm(c *caller, sub *subject) error {
+	if err := c.process.Confirm(); err != nil {
+		return status.Errorf(codes.Unavailable, "the calling process %d: %v", c.process.PID, err)
+	}
+	if sub.process == nil {
+		return nil
+	}
+	switch err := sub.process.Confirm(); {
+	case errors.Is(err, peercred.ErrEnded):
+		return errGone(sub.process.PID)
+	case err != nil:
+		return status.Errorf(codes.Unavailable, "the process %d: %v", sub.process.PID, err)
+	}
+	return nil
 }
 
 // attrs names the process in the log.

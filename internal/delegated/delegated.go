@@ -22,17 +22,17 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/spiffed/spiffed/internal/attest"
+	"github.com/spiffed/spiffed/internal/peercred"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
 const (
 	maxCalls        = 4096             // of the processes of one user, streams included
 	maxAttestations = 32               // of processes of one user at a time; more wait
-	queueTime       = 2 * time.Second  // that they wait
+	queueTime       = 2 * time.Second  // that a new call waits for it
 	signingTimeout  = 5 * time.Second  // how long a delegate waits for the first message
 	jwtTimeout      = 10 * time.Second // for the server to sign JWT-SVIDs
 	maxResponse     = 4<<20 - 1024     // bytes; clients refuse more than 4 MiB
-	maxChanges      = 5                // of a process while one message is made for it
 	linesPerSec     = 10               // of the log at Info
 	linesAtATime    = 100
 )
@@ -59,6 +59,8 @@ type Config struct {
 	Log       *slog.Logger
 
 	AttestationTimeout time.Duration // default 1 s
+
+	queueTime time.Duration // 0: queueTime
 }
 
 // Server is the Delegated Identity API.
@@ -70,10 +72,12 @@ type Server struct {
 	delegates map[spiffeid.ID]bool
 	log       *slog.Logger
 	timeout   time.Duration
+	queueTime time.Duration // that a new call waits for a turn to attest
 	lines     *rate.Limiter // keeps a caller from flooding the log
 
-	mu    sync.Mutex // guards users
+	mu    sync.Mutex // guards the fields below
 	users map[uint32]*user
+	looks map[*peercred.Peer]*look // those that have not begun
 }
 
 // user is what the processes of one user hold. It is known as long as that is
@@ -92,6 +96,8 @@ func New(cfg Config) *Server {
 		delegates: map[spiffeid.ID]bool{},
 		log:       cfg.Log,
 		timeout:   cmp.Or(cfg.AttestationTimeout, time.Second),
+		queueTime: cmp.Or(cfg.queueTime, queueTime),
+		looks:     map[*peercred.Peer]*look{},
 		lines:     rate.NewLimiter(linesPerSec, linesAtATime),
 		users:     map[uint32]*user{},
 	}

@@ -126,14 +126,24 @@ func (l *logBuffer) String() string {
 
 func newRig(t *testing.T, delegates ...spiffeid.ID) *rig {
 	t.Helper()
+	return newRigWith(t, nil, delegates...)
+}
+
+// newRigWith is newRig with another configuration.
+func newRigWith(t *testing.T, change func(*Config), delegates ...spiffeid.ID) *rig {
+	t.Helper()
 	r := &rig{t: t, source: &source{Source: workloadtest.NewSource(t, td)}, log: &logBuffer{}}
 	r.Put(entry("proxy", delegateUID), entry("target", targetUID), entry("other", otherUID))
 	log := slog.New(slog.NewTextHandler(r.log, nil))
-	r.server = New(Config{
+	cfg := Config{
 		Source: r.source, Delegates: delegates, Log: log,
 		Attestors:          []attest.Workload{unix.New(unix.Config{Log: log})},
 		AttestationTimeout: 20 * time.Second, // the machine may be busy
-	})
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	r.server = New(cfg)
 	dir, err := os.MkdirTemp("", "delegated")
 	if err != nil {
 		t.Fatal(err)

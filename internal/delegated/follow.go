@@ -44,7 +44,7 @@ func (s *Server) follow(stream grpc.ServerStream, method string,
 	patience := time.NewTimer(signingTimeout)
 	defer patience.Stop()
 	var sent proto.Message
-	changes := 0
+	attested := true // since the last change
 	for {
 		if err := s.entitle(ctx, c); err != nil {
 			return err
@@ -52,7 +52,7 @@ func (s *Server) follow(stream grpc.ServerStream, method string,
 		msg, changed, err := look(sub)
 		if sub.process != nil && sub.process.Outdated(s.source.Wants) {
 			// After look, so that an entry seen there was seen here.
-			if _, err := s.reattest(ctx, sub); err != nil {
+			if err := s.reattest(ctx, c, sub); err != nil {
 				return err
 			}
 			continue
@@ -64,22 +64,24 @@ func (s *Server) follow(stream grpc.ServerStream, method string,
 		case err != nil:
 			return s.sourceError(ctx, err)
 		case sent == nil || !proto.Equal(sent, msg):
-			same, err := s.confirm(ctx, c, sub)
-			if err != nil {
-				return err
-			}
-			if !same {
-				if changes++; changes > maxChanges {
-					return status.Errorf(codes.Unavailable, "the process %d keeps changing", sub.process.PID)
+			if !attested {
+				// And then what they may have is another question.
+				if err := s.attestBoth(ctx, c, sub); err != nil {
+					return err
 				}
+				attested = true
 				continue
+			}
+			if err := confirm(c, sub); err != nil {
+				return err
 			}
 			if err := stream.SendMsg(msg); err != nil {
 				return err
 			}
-			sent, changes = msg, 0
+			sent, c.open = msg, true
 			patience.Stop()
 		}
+		attested = false
 		select {
 		case <-c.changed:
 		case <-changed:

@@ -73,11 +73,12 @@ func (s *Server) FetchJWTSVIDs(ctx context.Context, req *delegatedidentityv1.Fet
 	if err := s.fit(m, nil, ""); err != nil {
 		return nil, err
 	}
-	same, err := s.confirm(ctx, c, sub)
-	if err != nil {
+	// Signing may have taken a while.
+	was := sub.selectors
+	if err := s.attestBoth(ctx, c, sub); err != nil {
 		return nil, err
 	}
-	if !same {
+	if !slices.Equal(was, sub.selectors) {
 		return nil, status.Errorf(codes.Unavailable, "the process %d has changed meanwhile", sub.process.PID)
 	}
 	s.audit("a delegate fetched", append([]any{"method", method, "spiffe_id", c.as, "pid", c.process.PID, "caller_uid", c.process.UID}, sub.attrs()...)...)

@@ -1,0 +1,106 @@
+package delegated
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	delegatedidentityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/delegatedidentity/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/spiffed/spiffed/internal/attest"
+	"github.com/spiffed/spiffed/internal/peercred"
+	"github.com/spiffed/spiffed/internal/registry"
+)
+
+// gate is an attestor that waits as long as it is shut.
+type gate struct {
+	attest.Workload
+	shut  atomic.Pointer[chan struct{}] // nil: open
+	asked atomic.Int32
+}
+
+func (g *gate) Attest(ctx context.Context, p *peercred.Peer, wants func(string) bool) ([]registry.Selector, error) {
+	g.asked.Add(1)
+	if shut := g.shut.Load(); shut != nil {
+		<-*shut
+	}
+	return g.Workload.Attest(ctx, p, wants)
+}
+
+// All open streams of a delegate are told of a change, however long they wait for
+// a turn to be looked at; and it is not looked at for each of them.
+func TestTurnsOfOpenStreams(t *testing.T) {
+	g := &gate{}
+	r := newRigWith(t, func(c *Config) {
+		g.Workload = c.Attestors[0]
+		c.Attestors = []attest.Workload{g}
+		c.queueTime = 50 * time.Millisecond
+	}, id("/me"))
+	api := r.api()
+	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
+	defer cancel()
+	subscribe := func() (grpc.ServerStreamingClient[delegatedidentityv1.SubscribeToX509SVIDsResponse], *x509SVIDs, error) {
+		s, err := api.SubscribeToX509SVIDs(ctx, &delegatedidentityv1.SubscribeToX509SVIDsRequest{Selectors: []*types.Selector{{Type: "unix", Value: fmt.Sprint("uid:", targetUID)}}})
+		if err != nil {
+			return nil, nil, err
+		}
+		m, err := s.Recv()
+		return s, m, err
+	}
+	const n = 200
+	var streams []grpc.ServerStreamingClient[delegatedidentityv1.SubscribeToX509SVIDsResponse]
+	var first *x509SVIDs
+	for len(streams) < n {
+		s, m, err := subscribe()
+		if err != nil && ctx.Err() == nil {
+			continue // the machine may be too busy for 50 ms
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		streams, first = append(streams, s), m
+	}
+	until := func(what string, ok func() bool) {
+		t.Helper()
+		for ; !ok(); time.Sleep(time.Millisecond) {
+			if ctx.Err() != nil {
+				t.Fatalf("waited in vain until %s", what)
+			}
+		}
+	}
+	shut := make(chan struct{})
+	g.shut.Store(&shut)
+	before, looked := g.asked.Load(), r.Asked()
+	r.Rotate("target")
+	until("all turns are taken", func() bool { return g.asked.Load() == before+maxAttestations })
+	until("all streams have looked", func() bool { return r.Asked() >= looked+2*n }) // for the caller, and for the target
+	if _, _, err := subscribe(); status.Code(err) != codes.Unavailable {
+		t.Errorf("a new call: %v", err)
+	}
+	r.Rotate("target") // what comes after the wait is the newest
+	var last *x509SVIDs
+	g.shut.Store(nil)
+	close(shut)
+	for i, s := range streams {
+		m, err := s.Recv()
+		if err != nil {
+			t.Fatalf("stream %d: %v", i, err)
+		}
+		if last == nil {
+			last = m
+		}
+		if proto.Equal(m, first) || !proto.Equal(m, last) {
+			t.Errorf("stream %d got an SVID that is not the newest", i)
+		}
+	}
+	if asked := g.asked.Load() - before; asked >= n {
+		t.Errorf("process %d was looked at %d times for %d streams", os.Getpid(), asked, n)
+	}
+}
