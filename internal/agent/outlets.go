@@ -3,6 +3,8 @@ package agent
 import (
 	"slices"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -32,4 +34,14 @@ func (a *Agent) Bundles() (own *registry.Bundle, federated []*registry.Bundle, c
 	}
 	slices.SortFunc(federated, func(x, y *registry.Bundle) int { return x.TrustDomain.Compare(y.TrustDomain) })
 	return s.bundle, federated, s.changed, nil
+}
+
+// Withheld says whether an identity is only for the process that has it, and not
+// for others that speak for it: whoever has it is an administrator, or a server, by
+// one of the entries that the agent knows, whichever the process is served by. Of
+// entries for other nodes, and of the list in the server's configuration, the agent
+// knows nothing. What it says changes when the channel of Current is closed.
+func (a *Agent) Withheld(id spiffeid.ID) bool {
+	s := a.snap.Load()
+	return s.all != nil && s.all.powerful[id]
 }

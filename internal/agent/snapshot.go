@@ -30,10 +30,11 @@ type holdings struct {
 	bundle    *fetchedBundle
 	federated map[spiffeid.TrustDomain]*fetchedBundle
 	known     map[string]*knownEntry
-	workloads []*registry.Entry // of those known: ordered by ID
-	held      map[string]*held  // by entry ID
-	revision  int64             // of the server's registry
-	revoked   bool              // nothing of it is to be kept
+	workloads []*registry.Entry    // of those known: ordered by ID
+	powerful  map[spiffeid.ID]bool // of those known: admin or downstream by one of them
+	held      map[string]*held     // by entry ID
+	revision  int64                // of the server's registry
+	revoked   bool                 // nothing of it is to be kept
 }
 
 // publish makes a snapshot of the state that steer owns and serves it.
@@ -45,8 +46,12 @@ func (a *Agent) publish() {
 		known:     maps.Clone(a.known),
 		held:      maps.Clone(a.held),
 		revision:  a.revision,
+		powerful:  map[spiffeid.ID]bool{},
 	}
 	for _, k := range a.known {
+		if k.entry != nil && (k.entry.Admin || k.entry.Downstream) {
+			all.powerful[k.entry.SPIFFEID] = true
+		}
 		// SVIDs of the others are for stores, not for workloads.
 		if k.entry != nil && !k.entry.StoreSVID {
 			all.workloads = append(all.workloads, k.entry)

@@ -3,6 +3,7 @@ package brokerapi
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	brokerpb "github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
@@ -79,6 +80,9 @@ func (e *endpoint) FetchJWTSVID(ctx context.Context, req *brokerpb.FetchJWTSVIDR
 	if err != nil {
 		return nil, err
 	}
+	if e.cfg.Source.Withheld(id) { // do not sign what is not handed out
+		return nil, noIdentity(p.PID)
+	}
 	signing, cancel := context.WithTimeout(ctx, jwtTimeout)
 	defer cancel()
 	svids, err := e.cfg.Source.JWTSVIDs(signing, process.Selectors, req.Audience, id)
@@ -86,6 +90,7 @@ func (e *endpoint) FetchJWTSVID(ctx context.Context, req *brokerpb.FetchJWTSVIDR
 		return nil, e.sourceError(signing, p.PID, err)
 	}
 	m := &brokerpb.FetchJWTSVIDResponse{}
+	svids = slices.DeleteFunc(slices.Clone(svids), func(svid *registry.JWTSVID) bool { return e.cfg.Source.Withheld(svid.ID) })
 	for _, svid := range outlet.JWTSVIDs(svids, e.log) {
 		m.Svids = append(m.Svids, &brokerpb.JWTSVID{SpiffeId: svid.ID.String(), Svid: svid.Token, Hint: svid.Hint})
 	}
@@ -135,6 +140,9 @@ func (e *endpoint) follow(stream grpc.ServerStream, ref *brokerpb.WorkloadRefere
 			attested = true
 			continue
 		}
+		if err == nil {
+			update = e.handedOut(update) // after Current: it is never older
+		}
 		switch {
 		case errors.Is(err, registry.ErrNotReady) && changed != nil:
 			// The SVID is on its way, or the one there was is the last for now.
@@ -182,6 +190,15 @@ func (e *endpoint) follow(stream grpc.ServerStream, ref *brokerpb.WorkloadRefere
 			return status.FromContextError(ctx.Err()).Err()
 		}
 	}
+}
+
+// handedOut is an update without the identities that are not for brokers.
+func (e *endpoint) handedOut(u *registry.Update) *registry.Update {
+	out := *u
+	out.Identities = slices.DeleteFunc(slices.Clone(u.Identities), func(i registry.Identity) bool {
+		return e.cfg.Source.Withheld(i.SVID.ID)
+	})
+	return &out
 }
 
 // gave logs that a broker was given something of a process.

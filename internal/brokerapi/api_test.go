@@ -365,3 +365,35 @@ func TestSourceTrouble(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Identities of administrators and of servers are not for brokers, by whatever
+// entry of the agent's.
+func TestWithheld(t *testing.T) {
+	source := workloadtest.NewSource(t, td)
+	admin, elsewhere, twin := entry("admin", workloadUID), entry("elsewhere", workloadUID+1), entry("twin", workloadUID)
+	admin.Admin, elsewhere.Downstream, twin.SPIFFEID = true, true, elsewhere.SPIFFEID
+	source.Put(entry("a", workloadUID), admin, elsewhere, twin)
+	r := serve(t, source, nil)
+	c, ref := r.client(), byPID(t, workload(t).pid())
+	stream, m, err := subscribe(t, c, ref)
+	if err != nil || len(m.Svids) != 1 || m.Svids[0].SpiffeId != id("/a").String() {
+		t.Fatalf("got %v, %v", m, err)
+	}
+	j, err := c.FetchJWTSVID(header(t), &brokerpb.FetchJWTSVIDRequest{Reference: ref, Audience: []string{"x"}})
+	if err != nil || len(j.Svids) != 1 || j.Svids[0].SpiffeId != id("/a").String() {
+		t.Errorf("got %v, %v", j, err)
+	}
+	for _, path := range []string{"/admin", "/elsewhere"} {
+		_, err := c.FetchJWTSVID(header(t), &brokerpb.FetchJWTSVIDRequest{Reference: ref, Audience: []string{"x"}, SpiffeId: id(path).String()})
+		wantReason(t, err, codes.PermissionDenied, notEntitled)
+	}
+	more := entry("more", workloadUID+1)
+	more.SPIFFEID, more.Admin = id("/a"), true
+	source.Put(more) // it has become one
+	_, err = stream.Recv()
+	wantReason(t, err, codes.PermissionDenied, notEntitled)
+	_, _, err = subscribe(t, c, ref)
+	wantReason(t, err, codes.PermissionDenied, notEntitled)
+	_, err = c.FetchJWTSVID(header(t), &brokerpb.FetchJWTSVIDRequest{Reference: ref, Audience: []string{"x"}})
+	wantReason(t, err, codes.PermissionDenied, notEntitled)
+}

@@ -4,8 +4,9 @@
 // with X509-SVIDs on that, and answers nobody whose SPIFFE ID is not on a list.
 //
 // It attests the processes that brokers name, and asks a registry.Source what they
-// may have, like the Workload API does for its callers. It believes nothing of
-// what a broker says about a process, and never serves TCP.
+// may have, like the Workload API does for its callers; but no broker becomes an
+// administrator of the server: what a Source withholds is never handed out here.
+// It believes nothing of what a broker says about a process, and never serves TCP.
 package brokerapi
 
 import (
@@ -56,9 +57,18 @@ const (
 	streamsPerConn    = 2048 // so that one connection will do
 )
 
+// Source is what the agent offers here. It is safe for concurrent use.
+type Source interface {
+	registry.Source
+	// Withheld says whether an identity is not for brokers: one is an
+	// administrator, or a server, by it. The channel of Current is closed when that
+	// may have changed.
+	Withheld(id spiffeid.ID) bool
+}
+
 // Config of a Server.
 type Config struct {
-	Source    registry.Source
+	Source    Source
 	Attestors []attest.Workload
 	Log       *slog.Logger
 

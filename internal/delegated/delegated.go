@@ -5,8 +5,9 @@
 // API.
 //
 // A delegate can be every workload of the node, but no administrator of the server:
-// SVIDs of entries that are admin or downstream are never handed out here. This
-// package fetches, signs and stores nothing, and has no socket of its own.
+// SVIDs for a SPIFFE ID that is admin or downstream by any entry of the agent's are
+// never handed out here. (What the server's own list of administrators says, and
+// entries for other nodes, the agent does not know.) This package fetches, signs and stores nothing, and has no socket of its own.
 package delegated
 
 import (
@@ -49,6 +50,10 @@ type Source interface {
 	// that it has, ordered by trust domain, and a channel that is closed when that
 	// may have changed. ErrNotReady as with Current.
 	Bundles() (own *registry.Bundle, federated []*registry.Bundle, changed <-chan struct{}, err error)
+	// Withheld says whether an identity is not for delegates: one is an
+	// administrator, or a server, by it. The channel of Current is closed when that
+	// may have changed.
+	Withheld(id spiffeid.ID) bool
 }
 
 // Config of a Server.

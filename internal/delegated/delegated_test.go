@@ -284,14 +284,19 @@ func TestWithheld(t *testing.T) {
 		entry("admin", targetUID, func(e *registry.Entry) { e.Admin = true }),
 		entry("server", targetUID, func(e *registry.Entry) { e.Downstream = true }),
 		entry("admin-too", targetUID, func(e *registry.Entry) { e.SPIFFEID = id("/admin") }), // the same identity by another entry
+		// And by an entry for another process of this node.
+		entry("elsewhere", otherUID, func(e *registry.Entry) { e.Admin = true }),
+		entry("elsewhere-too", targetUID, func(e *registry.Entry) { e.SPIFFEID = id("/elsewhere") }),
 	)
-	r.await(r.start(delegateUID, "SubscribeToX509SVIDs", byUID(targetUID)), "/target")
+	p := r.start(delegateUID, "SubscribeToX509SVIDs", byUID(targetUID))
+	r.await(p, "/target")
 	var m jwtSVIDs
 	r.start(delegateUID, "FetchJWTSVIDs", `{"audience": ["a"], `+byUID(targetUID)[1:]).got(&m)
 	if len(m.Svids) != 1 || m.Svids[0].Id.Path != "/target" {
 		t.Errorf("got %v", &m)
 	}
-	r.Delete("target")
+	r.Put(entry("more", otherUID, func(e *registry.Entry) { e.SPIFFEID, e.Admin = id("/target"), true }))
+	r.await(p, "") // it has become one
 	r.start(delegateUID, "FetchJWTSVIDs", `{"audience": ["a"], `+byUID(targetUID)[1:]).ends(codes.PermissionDenied, "no identity issued")
 }
 

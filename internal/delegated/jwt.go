@@ -49,14 +49,9 @@ func (s *Server) FetchJWTSVIDs(ctx context.Context, req *delegatedidentityv1.Fet
 	if err != nil {
 		return nil, s.sourceError(signing, err)
 	}
-	entries, _, err := s.source.Entries(sub.selectors) // afterwards, so that none is missing
-	if err != nil {
-		return nil, s.sourceError(ctx, err)
-	}
-	withheld := withheldOf(entries)
 	m := &delegatedidentityv1.FetchJWTSVIDsResponse{}
 	for _, svid := range svids {
-		if withheld[svid.ID] {
+		if s.source.Withheld(svid.ID) {
 			continue
 		}
 		m.Svids = append(m.Svids, &types.JWTSVID{

@@ -30,6 +30,7 @@ func (s *Server) SubscribeToX509SVIDs(req *delegatedidentityv1.SubscribeToX509SV
 			if err != nil {
 				return nil, changed, err
 			}
+			u = s.handedOut(u) // after Current: it is never older
 			if last == nil || !same(last, u) {
 				if sent, err = s.x509SVIDs(u); err != nil {
 					return nil, changed, err
@@ -48,17 +49,9 @@ func same(a, b *registry.Update) bool {
 
 func (s *Server) x509SVIDs(u *registry.Update) (*delegatedidentityv1.SubscribeToX509SVIDsResponse, error) {
 	m := &delegatedidentityv1.SubscribeToX509SVIDsResponse{}
-	entries := make([]*registry.Entry, len(u.Identities))
-	for i, identity := range u.Identities {
-		entries[i] = identity.Entry
-	}
-	withheld := withheldOf(entries)
 	federates := map[spiffeid.TrustDomain]bool{}
 	for _, identity := range u.Identities {
 		id := identity.SVID.ID
-		if withheld[id] {
-			continue
-		}
 		key, err := x509.MarshalPKCS8PrivateKey(identity.SVID.PrivateKey)
 		if err != nil {
 			s.log.Error("left out an X509-SVID", "entry_id", identity.Entry.ID, "spiffe_id", id, "err", err)
@@ -85,16 +78,13 @@ func (s *Server) x509SVIDs(u *registry.Update) (*delegatedidentityv1.SubscribeTo
 	return m, s.fit(m, nil, "")
 }
 
-// withheldOf returns the identities that are not for delegates: those by which one
-// is an administrator, or a server, by whatever entry.
-func withheldOf(entries []*registry.Entry) map[spiffeid.ID]bool {
-	out := map[spiffeid.ID]bool{}
-	for _, e := range entries {
-		if e.Admin || e.Downstream {
-			out[e.SPIFFEID] = true
-		}
-	}
-	return out
+// handedOut is an update without the identities that are not for delegates.
+func (s *Server) handedOut(u *registry.Update) *registry.Update {
+	out := *u
+	out.Identities = slices.DeleteFunc(slices.Clone(u.Identities), func(i registry.Identity) bool {
+		return s.source.Withheld(i.SVID.ID)
+	})
+	return &out
 }
 
 // SubscribeToX509Bundles sends the root certificates of all trust domains that the

@@ -179,6 +179,19 @@ func (s *Source) Wants(kind string) bool {
 	return s.matcher.Wants(kind)
 }
 
+// Withheld is what the agent offers to outlets that serve processes by others: an
+// identity is withheld if one of all entries makes it an administrator or a server.
+func (s *Source) Withheld(id spiffeid.ID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, e := range s.entries {
+		if e.SPIFFEID == id && (e.Admin || e.Downstream) {
+			return true
+		}
+	}
+	return false
+}
+
 // check is called with mu held.
 func (s *Source) check(selectors []registry.Selector) {
 	if !slices.Equal(selectors, registry.SortSelectors(selectors)) {
@@ -284,6 +297,9 @@ func (s *Source) WITSVIDs(selectors []registry.Selector, id spiffeid.ID) ([]*reg
 	}
 	return out, s.changed, nil
 }
+
+// WITRefused implements registry.WITSource: there always is the profile.
+func (s *Source) WITRefused() error { return nil }
 
 // Authority is a root, an intermediate below it, and keys for JWT-SVIDs and for
 // WIT-SVIDs.
