@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -43,6 +44,41 @@ func addSelf(t *testing.T, h *host, path string) {
 	}}})
 	if err != nil || resp.Results[0].Status.Code != 0 {
 		t.Fatal(resp, err)
+	}
+}
+
+// Administrators of the server are no brokers, and brokers no administrators: the
+// group of each socket is its own.
+func TestBrokerGroup(t *testing.T) {
+	const server, broker, own = 23456, 34567, 0
+	for name, want := range map[string]struct {
+		setting string
+		mode    os.FileMode
+		gid     uint32
+	}{
+		"none": {"", 0o600, own},
+		"one":  {`broker_group = "34567"`, 0o660, broker},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := testHost(t, strings.Replace(allInOne, "[agent]", "admin_group = \"23456\"\n[agent]", 1)+`
+[agent.experimental]
+broker_socket = "%s/broker.sock"
+brokers = ["spiffe://example.org/proxy"]
+`+want.setting+"\n")
+			t.Cleanup(h.close)
+			check := func(path string, mode os.FileMode, gid uint32) {
+				t.Helper()
+				info, err := os.Stat(path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got := info.Sys().(*syscall.Stat_t).Gid; info.Mode().Perm() != mode || got != gid {
+					t.Errorf("%s: mode %s, group %d", path, info.Mode(), got)
+				}
+			}
+			check(h.cfg.Agent.Experimental.BrokerSocket, want.mode, want.gid)
+			check(h.cfg.Agent.AdminSocket, 0o660, server) // as schema.go has it
+		})
 	}
 }
 
@@ -93,7 +129,7 @@ brokers = ["spiffe://example.org/proxy"]
 	}
 
 	// A broker, by the identity that it has by the Workload API.
-	if info, err := os.Stat(h.cfg.Agent.Experimental.BrokerSocket); err != nil || info.Mode().Perm() != 0o660 {
+	if info, err := os.Stat(h.cfg.Agent.Experimental.BrokerSocket); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v", info, err) // BRE-1
 	}
 	conn, err := grpc.NewClient("passthrough:///broker",

@@ -255,7 +255,12 @@ func (h *host) buildAgent(ctx context.Context) error {
 		}
 	}
 	// Its mutual TLS decides; that workloads cannot even connect is one thing more.
-	h.brokersAt, err = unixsocket.Listen(unixsocket.Config{Path: cfg.Experimental.BrokerSocket, Mode: 0o660, Group: adminGroup(group)})
+	// Administrators are no brokers for being that.
+	brokerSocket := unixsocket.Config{Path: cfg.Experimental.BrokerSocket, Mode: 0o600}
+	if cfg.Experimental.BrokerGroup != "" {
+		brokerSocket.Mode, brokerSocket.Group = 0o660, cfg.Experimental.BrokerGroup
+	}
+	h.brokersAt, err = unixsocket.Listen(brokerSocket)
 	if err != nil {
 		return fmt.Errorf("agent.experimental.broker_socket: %w", err)
 	}

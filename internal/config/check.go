@@ -154,6 +154,7 @@ func (d *decoder) checkAgent(c *Config, a *Agent) {
 	d.checkLimits(&a.Limits)
 	x := &a.Experimental
 	d.ids("agent.experimental.brokers", x.Brokers)
+	d.group("agent.experimental.broker_group", x.BrokerGroup)
 	switch {
 	case x.BrokerSocket != "":
 		d.socket("agent.experimental.broker_socket", &x.BrokerSocket)

@@ -238,6 +238,7 @@ func TestProblems(t *testing.T) {
 		"sync interval":        {agent + "sync_interval = \"0s\"\n", `f:4: agent.sync_interval: want from 100ms to 1h`},
 		"no size limit":        {agent + "workload_size_limit = \"0B\"\n", `f:4: agent.workload_size_limit: want at least "1B"`},
 		"delegate no path":     {agent + "authorized_delegates = [\"spiffe://example.org/a\", \"spiffe://example.org\"]\n", `f:4: agent.authorized_delegates: "spiffe://example.org" has no path`},
+		"brokers' group":       {agent + "[agent.experimental]\nbroker_group = \"a b\"\n", `f:5: agent.experimental.broker_group: "a b" is not the name of a group`},
 		"agent's group":        {agent + "admin_group = \"a:b\"\n", `f:4: agent.admin_group: "a:b" is not the name of a group`},
 		"no connections":       {agent + "limits.connections = 0\n", `f:4: agent.limits.connections: 0 is below 1`},
 		"negative streams":     {agent + "limits.streams = -5\n", `f:4: agent.limits.streams: -5 is below 1`},

@@ -131,7 +131,8 @@ type Agent struct {
 	// The Unix socket of the Workload API. Every local process may open it; who
 	// calls decides what it gets.
 	WorkloadSocket string `toml:"workload_socket" default:"/run/spiffed/workload.sock"`
-	// The Unix socket that "spiffed status" asks.
+	// The Unix socket that "spiffed status" asks, with SPIRE's Debug and Logger
+	// APIs, and the Delegated Identity API for authorized_delegates.
 	AdminSocket string `toml:"admin_socket" default:"/run/spiffed/agent-admin.sock"`
 	// The join string that "spiffed token create" printed, or a bare token. It
 	// is needed once; afterwards the agent's key is the credential.
@@ -153,10 +154,13 @@ type Agent struct {
 	WorkloadSizeLimit Size `toml:"workload_size_limit" default:"1GiB"`
 	// SPIFFE IDs of local processes that may ask for the identities of other
 	// processes, by the Delegated Identity API on admin_socket, as full IDs. Such
-	// a process can be everybody on this machine.
+	// a process can be everybody on this machine, but for SPIFFE IDs that an entry
+	// for this machine makes admin or downstream. Those that server.admin_ids
+	// makes so are not known here. It is the same with brokers.
 	AuthorizedDelegates []spiffeid.ID `toml:"authorized_delegates"`
-	// The group whose members may open admin_socket. Empty: the group spiffed
-	// if there is one, else nobody but the agent's own user and root.
+	// The group whose members may open admin_socket. Empty: server.admin_group if
+	// the server is in this file and has one; else the group spiffed if there is
+	// one, else nobody but the agent's own user and root.
 	AdminGroup string `toml:"admin_group"`
 	// What local processes may ask of the Workload API. A call beyond a limit is
 	// answered with Unavailable, a connection is closed; it may be tried again.
@@ -208,6 +212,9 @@ type AgentExperimental struct {
 	// The Unix socket of the SPIFFE Broker API, by which brokers fetch the
 	// identities of other processes of this machine, with mutual TLS. Empty: off.
 	BrokerSocket string `toml:"broker_socket"`
+	// The group whose members may open broker_socket, beside the agent's own user
+	// and root. Empty: nobody else.
+	BrokerGroup string `toml:"broker_group"`
 	// SPIFFE IDs of brokers, as full IDs. Nobody else is answered.
 	Brokers []spiffeid.ID `toml:"brokers"`
 }
