@@ -73,9 +73,6 @@ func (e *endpoint) FetchJWTSVID(ctx context.Context, req *brokerpb.FetchJWTSVIDR
 			return nil, status.Error(codes.InvalidArgument, err.Error())
 		}
 	}
-	if c, ok := connOf(ctx); ok && !e.brokers[c.broker].jwts.Allow() {
-		return nil, status.Errorf(codes.Unavailable, "more than %d JWT-SVIDs a second", jwtRate)
-	}
 	process, err := e.attest(ctx, p, false)
 	if err != nil {
 		return nil, err
@@ -85,6 +82,8 @@ func (e *endpoint) FetchJWTSVID(ctx context.Context, req *brokerpb.FetchJWTSVIDR
 	}
 	signing, cancel := context.WithTimeout(ctx, jwtTimeout)
 	defer cancel()
+	c, _ := connOf(ctx) // attest knows it
+	signing = registry.LimitSignings(signing, e.brokers[c.broker].jwts.Allow)
 	svids, err := e.cfg.Source.JWTSVIDs(signing, process.Selectors, req.Audience, id)
 	if err != nil {
 		return nil, e.sourceError(signing, p.PID, err)
@@ -217,6 +216,8 @@ func (e *endpoint) sourceError(ctx context.Context, pid int32, err error) error 
 		return noIdentity(pid)
 	case errors.Is(err, registry.ErrInvalid):
 		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, registry.ErrSigningLimit):
+		return status.Errorf(codes.Unavailable, "more than %d JWT-SVIDs a second were signed for this broker", jwtRate)
 	case errors.Is(err, registry.ErrNotReady), ctx.Err() != nil:
 		return errNotReady
 	}

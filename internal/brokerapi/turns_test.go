@@ -9,6 +9,7 @@ import (
 	"time"
 
 	brokerpb "github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
@@ -130,4 +131,47 @@ func TestTurnsOfOpenStreams(t *testing.T) {
 		defer turns.mu.Unlock()
 		return len(turns.queues) == 0
 	})
+}
+
+// signer is a source that has every token signed anew, or none.
+type signer struct {
+	Source
+	cached atomic.Bool
+}
+
+func (s *signer) JWTSVIDs(ctx context.Context, sel []registry.Selector, audience []string, id spiffeid.ID) ([]*registry.JWTSVID, error) {
+	if !s.cached.Load() {
+		if err := registry.MaySign(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return s.Source.JWTSVIDs(ctx, sel, audience, id)
+}
+
+// What is signed for a broker has a limit; what was signed before has none.
+func TestSignings(t *testing.T) {
+	source := workloadtest.NewSource(t, td)
+	source.Put(entry("a", workloadUID))
+	s := &signer{Source: source}
+	r := serve(t, source, func(c *Config) { c.Source = s })
+	limit := r.server.brokers[brokerID].jwts
+	limit.SetLimit(0)
+	limit.SetBurst(3)
+	c, ref := r.client(), byPID(t, workload(t).pid())
+	ask := func() error {
+		_, err := c.FetchJWTSVID(header(t), &brokerpb.FetchJWTSVIDRequest{Reference: ref, Audience: []string{"x"}})
+		return err
+	}
+	for range 3 {
+		if err := ask(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wantCode(t, ask(), codes.Unavailable)
+	s.cached.Store(true)
+	for range 10 {
+		if err := ask(); err != nil {
+			t.Fatal(err)
+		}
+	}
 }

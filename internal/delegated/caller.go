@@ -85,7 +85,7 @@ func (s *Server) entitle(ctx context.Context, c *caller) error {
 		}
 		c.changed = changed
 		for _, e := range entries {
-			if s.delegates[e.SPIFFEID] {
+			if s.delegates[e.SPIFFEID] != nil {
 				c.as = e.SPIFFEID
 				return nil
 			}
@@ -348,6 +348,8 @@ func (s *Server) sourceError(ctx context.Context, err error) error {
 		return errNoIdentity
 	case errors.Is(err, registry.ErrInvalid):
 		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, registry.ErrSigningLimit):
+		return status.Errorf(codes.Unavailable, "more than %d JWT-SVIDs a second were signed for this delegate", jwtRate)
 	case errors.Is(err, registry.ErrNotReady), ctx.Err() != nil:
 		return errNotReady
 	}

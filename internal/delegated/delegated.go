@@ -33,8 +33,10 @@ const (
 	queueTime       = 2 * time.Second  // that a new call waits for it
 	signingTimeout  = 5 * time.Second  // how long a delegate waits for the first message
 	jwtTimeout      = 10 * time.Second // for the server to sign JWT-SVIDs
-	maxResponse     = 4<<20 - 1024     // bytes; clients refuse more than 4 MiB
-	linesPerSec     = 10               // of the log at Info
+	jwtRate         = 50               // JWT-SVIDs a second that are signed for one delegate
+	jwtsAtATime     = 2 * jwtRate
+	maxResponse     = 4<<20 - 1024 // bytes; clients refuse more than 4 MiB
+	linesPerSec     = 10           // of the log at Info
 	linesAtATime    = 100
 )
 
@@ -74,7 +76,7 @@ type Server struct {
 
 	source    Source
 	attestors []attest.Workload
-	delegates map[spiffeid.ID]bool
+	delegates map[spiffeid.ID]*rate.Limiter // of JWT-SVIDs that are signed for each
 	log       *slog.Logger
 	timeout   time.Duration
 	queueTime time.Duration // that a new call waits for a turn to attest
@@ -98,7 +100,7 @@ func New(cfg Config) *Server {
 	s := &Server{
 		source:    cfg.Source,
 		attestors: cfg.Attestors,
-		delegates: map[spiffeid.ID]bool{},
+		delegates: map[spiffeid.ID]*rate.Limiter{},
 		log:       cfg.Log,
 		timeout:   cmp.Or(cfg.AttestationTimeout, time.Second),
 		queueTime: cmp.Or(cfg.queueTime, queueTime),
@@ -107,7 +109,7 @@ func New(cfg Config) *Server {
 		users:     map[uint32]*user{},
 	}
 	for _, id := range cfg.Delegates {
-		s.delegates[id] = true
+		s.delegates[id] = rate.NewLimiter(jwtRate, jwtsAtATime)
 	}
 	return s
 }

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/spiffed/spiffed/internal/jwks"
+	"github.com/spiffed/spiffed/internal/registry"
 )
 
 // Limits of an audience, so that the token it becomes part of stays small.
@@ -45,6 +46,7 @@ func (s *Server) FetchJWTSVIDs(ctx context.Context, req *delegatedidentityv1.Fet
 	defer sub.close()
 	signing, cancel := context.WithTimeout(ctx, jwtTimeout)
 	defer cancel()
+	signing = registry.LimitSignings(signing, s.delegates[c.as].Allow)
 	svids, err := s.source.JWTSVIDs(signing, sub.selectors, req.Audience, spiffeid.ID{})
 	if err != nil {
 		return nil, s.sourceError(signing, err)

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	delegatedidentityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/delegatedidentity/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
@@ -102,5 +103,51 @@ func TestTurnsOfOpenStreams(t *testing.T) {
 	}
 	if asked := g.asked.Load() - before; asked >= n {
 		t.Errorf("process %d was looked at %d times for %d streams", os.Getpid(), asked, n)
+	}
+}
+
+// signer is a source that has every token signed anew, or none.
+type signer struct {
+	*source
+	cached atomic.Bool
+}
+
+func (s *signer) JWTSVIDs(ctx context.Context, sel []registry.Selector, audience []string, id spiffeid.ID) ([]*registry.JWTSVID, error) {
+	if !s.cached.Load() {
+		if err := registry.MaySign(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return s.source.JWTSVIDs(ctx, sel, audience, id)
+}
+
+// What is signed for a delegate has a limit; what was signed before has none.
+func TestSignings(t *testing.T) {
+	s := &signer{}
+	r := newRigWith(t, func(c *Config) {
+		s.source = c.Source.(*source)
+		c.Source = s
+	}, id("/me"))
+	api := r.api()
+	limit := r.server.delegates[id("/me")]
+	limit.SetLimit(0)
+	limit.SetBurst(3)
+	ask := func() error {
+		_, err := api.FetchJWTSVIDs(t.Context(), &delegatedidentityv1.FetchJWTSVIDsRequest{Audience: []string{"a"}, Selectors: []*types.Selector{{Type: "unix", Value: fmt.Sprint("uid:", targetUID)}}})
+		return err
+	}
+	for range 3 {
+		if err := ask(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := ask(); status.Code(err) != codes.Unavailable {
+		t.Errorf("one more than the limit: %v", err)
+	}
+	s.cached.Store(true)
+	for range 10 {
+		if err := ask(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
