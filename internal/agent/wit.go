@@ -28,7 +28,9 @@ import (
 )
 
 // errNoWIT is what workloads are told that want WIT-SVIDs of a server that has none.
-var errNoWIT = fmt.Errorf("%w: the server does not sign WIT-SVIDs (server.experimental.wit_svid there)", registry.ErrNotReady)
+// It is not a registry.ErrNotReady, with which clients come back for ever, since it
+// takes somebody who switches it on there.
+var errNoWIT = fmt.Errorf("%w: the server does not sign WIT-SVIDs (server.experimental.wit_svid is not set there)", errors.ErrUnsupported)
 
 const (
 	// witPatience is how long a workload waits for a token on its way before it is
@@ -51,7 +53,7 @@ type wits struct {
 	demand  map[string]time.Time // entries that workloads want one of, and until when they wait for it; zero: no more
 	failing *retry               // of calls
 	retries map[string]*retry    // of entries
-	refused error                // errNoWIT as long as the server says so
+	refused *link                // whose server said so; its word is none on another
 	changed chan struct{}        // closed when an answer of WITSVIDs may have changed
 }
 
@@ -113,7 +115,8 @@ func (a *Agent) WITSVIDs(selectors []registry.Selector, id spiffeid.ID) ([]*regi
 		return !id.IsZero() && e.SPIFFEID != id
 	})
 	var out []*registry.WITSVID
-	reachable := a.linkInUse() != nil && !w.failing.due(at).After(at)
+	l := a.linkInUse()
+	reachable := l != nil && !w.failing.due(at).After(at)
 	wait := false
 	for _, e := range entries {
 		h := w.held[e.ID]
@@ -142,12 +145,25 @@ func (a *Agent) WITSVIDs(selectors []registry.Selector, id spiffeid.ID) ([]*regi
 		// what they have, and their last message is not without the one that is
 		// being replaced.
 		return nil, changed, registry.ErrNotReady
-	case len(out) > 0 || len(entries) == 0:
+	case len(out) > 0:
 		return out, changed, nil
-	case w.refused != nil:
-		return nil, nil, w.refused
+	case l != nil && l == w.refused:
+		return nil, nil, errNoWIT
+	case len(entries) == 0:
+		return nil, changed, nil
 	}
 	return nil, changed, registry.ErrNotReady
+}
+
+// WITRefused implements registry.WITSource.
+func (a *Agent) WITRefused() error {
+	l := a.linkInUse()
+	a.wits.mu.Lock()
+	defer a.wits.mu.Unlock()
+	if l == nil || l != a.wits.refused {
+		return nil
+	}
+	return errNoWIT
 }
 
 // want has a token got for an entry. It is called with mu held.
@@ -184,15 +200,18 @@ func (w *wits) clear() {
 	clear(w.held)
 	clear(w.demand)
 	clear(w.retries)
+	w.refused = nil
+	w.failing.reset()
 	w.tell()
 }
 
-// refuse notes whether the server signs WIT-SVIDs, and returns whether that is news.
-func (w *wits) refuse(err error) bool {
+// refuse notes which server signs no WIT-SVIDs, nil if it does, and returns whether
+// that is news.
+func (w *wits) refuse(by *link) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	news := (w.refused == nil) != (err == nil)
-	w.refused = err
+	news := (w.refused == nil) != (by == nil)
+	w.refused = by
 	if news {
 		w.tell()
 	}
@@ -216,7 +235,7 @@ func (a *Agent) signWITs(ctx context.Context) {
 	for ctx.Err() == nil {
 		clockSet := a.clockSet.next() // before the clock is read
 		s, at := a.snap.Load(), a.now()
-		todo, next := a.wits.plan(s, at, s != seen)
+		todo, next := a.wits.plan(s, seen, at)
 		seen = s
 		if len(todo) > 0 && call == nil {
 			call = make(chan struct{})
@@ -248,10 +267,6 @@ func (a *Agent) signWITs(ctx context.Context) {
 // calledForWITs notes how a call went, and how long to wait if it failed.
 func (a *Agent) calledForWITs(err error) {
 	w := a.wits
-	off := status.Code(err) == codes.Unimplemented
-	if off && w.refuse(errNoWIT) {
-		a.log.Warn("the server does not sign WIT-SVIDs; trying again now and then", "err", err)
-	}
 	away := isAway(err) || a.linkInUse() == nil
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -261,7 +276,7 @@ func (a *Agent) calledForWITs(err error) {
 	}
 	defer w.tell() // nobody is to wait for it any more
 	delay := longestDelay
-	if !off {
+	if status.Code(err) != codes.Unimplemented {
 		a.log.Debug("WIT-SVIDs were not signed", "err", err)
 		delay = w.failing.next()
 		if away {
@@ -271,12 +286,17 @@ func (a *Agent) calledForWITs(err error) {
 	w.failing.at = a.now().Add(delay)
 }
 
-// plan drops what is not to be handed out any more, tells those who wait if news
-// says that there is something else to see, or that they have waited long enough,
-// and returns the entries that are due now and when there is more to do.
-func (w *wits) plan(s *snapshot, at time.Time, news bool) (todo []*registry.Entry, next time.Time) {
+// plan drops what is not to be handed out any more, tells those who wait if there
+// is another snapshot than was seen last, or if they have waited long enough, and
+// returns the entries that are due now and when there is more to do.
+func (w *wits) plan(s, seen *snapshot, at time.Time) (todo []*registry.Entry, next time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	news := s != seen
+	if w.refused != nil && news && newWITKeys(s, seen) {
+		w.refused = nil // it has been switched on, most likely
+		w.failing.reset()
+	}
 	defer func() {
 		if news {
 			w.tell()
@@ -374,7 +394,11 @@ func (a *Agent) signWITBatch(ctx context.Context, entries []*registry.Entry) err
 		if reasonOf(err) != noReason {
 			a.syncSoon()
 		}
-		return l.failed(doing, err)
+		err = l.failed(doing, err)
+		if status.Code(err) == codes.Unimplemented && a.wits.refuse(l) {
+			a.log.Warn("the server does not sign WIT-SVIDs; trying again now and then", "err", err)
+		}
+		return err
 	}
 	a.wits.refuse(nil)
 	at := a.now()
@@ -441,6 +465,17 @@ func findWITAuthority(b *registry.Bundle, keyID string) (registry.JWTAuthority, 
 		return registry.JWTAuthority{}, false
 	}
 	return b.WITAuthorities[i], true
+}
+
+// newWITKeys says whether there are other authorities of WIT-SVIDs than before.
+func newWITKeys(s, before *snapshot) bool {
+	if s.bundle == nil || before == nil || before.bundle == nil || s.bundle == before.bundle {
+		return false
+	}
+	return slices.ContainsFunc(s.bundle.WITAuthorities, func(x registry.JWTAuthority) bool {
+		_, known := findWITAuthority(before.bundle, x.KeyID)
+		return !known
+	})
 }
 
 var errUnknownWITKey = errors.New("it is signed by a key that is not in the bundle")

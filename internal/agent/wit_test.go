@@ -37,6 +37,7 @@ type fakeWIT struct {
 	keys  map[string]bool // that tokens were bound to
 	calls int
 	hang  bool // calls get no answer
+	off   bool // calls are refused
 	// forge replaces what is signed.
 	forge func(claims map[string]any)
 }
@@ -89,7 +90,7 @@ func (f *fakeServer) BatchNewWITSVID(ctx context.Context, req *svidv1.BatchNewWI
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	w := f.wit
-	if w == nil {
+	if w == nil || w.off {
 		return nil, status.Error(codes.Unimplemented, "WIT-SVIDs are off")
 	}
 	w.calls++
@@ -306,8 +307,14 @@ func TestWITUnimplemented(t *testing.T) {
 		f.add(testEntry(1))
 		n := startWIT(t, f)
 		n.awaitWIT(uid("1"), "a refusal", func(_ []*registry.WITSVID, err error) bool {
-			return errors.Is(err, registry.ErrNotReady) && strings.Contains(err.Error(), "does not sign WIT-SVIDs")
+			return errors.Is(err, errors.ErrUnsupported) && strings.Contains(err.Error(), "server.experimental.wit_svid")
 		})
+		if err := n.WITRefused(); !errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("the profile is there: %v", err)
+		}
+		if _, _, err := n.WITSVIDs(uid("9"), spiffeid.ID{}); !errors.Is(err, errors.ErrUnsupported) {
+			t.Errorf("to one without an identity: %v", err)
+		}
 		time.Sleep(10 * time.Minute)
 		if got := strings.Count(n.log.String(), "the server does not sign WIT-SVIDs"); got != 1 {
 			t.Errorf("said %d times", got)
@@ -318,8 +325,64 @@ func TestWITUnimplemented(t *testing.T) {
 		if _, _, err := n.Current(uid("1")); err != nil {
 			t.Errorf("X.509-SVIDs suffer: %v", err)
 		}
+		// Switched on: its key tells, before the next try does.
+		time.Sleep(longestDelay / 2)
+		began := time.Now()
+		s := n.snap.Load()
 		newFakeWIT(t, f)
+		n.syncSoon()
+		<-s.changed
+		synctest.Wait()
+		if err := n.WITRefused(); err != nil || time.Since(began) > time.Second {
+			t.Errorf("after %s: %v", time.Since(began), err)
+		}
 		n.awaitWIT(uid("1"), "one after all", witCount(1))
+	})
+}
+
+// What a server said goes with the connection: it may be another one that comes back.
+func TestWITRefusedByOneThatLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, newTestCA(t, td), false)
+		f.add(testEntry(1))
+		n := startWIT(t, f)
+		n.awaitWIT(uid("1"), "a refusal", func(_ []*registry.WITSVID, err error) bool { return errors.Is(err, errors.ErrUnsupported) })
+		f.goDown(true)
+		time.Sleep(time.Minute)
+		if _, changed, err := n.WITSVIDs(uid("1"), spiffeid.ID{}); !errors.Is(err, registry.ErrNotReady) || changed == nil || n.WITRefused() != nil {
+			t.Errorf("%v, %v", err, n.WITRefused())
+		}
+		newFakeWIT(t, f)
+		f.goDown(false)
+		n.awaitWIT(uid("1"), "one", func(svids []*registry.WITSVID, err error) bool {
+			if errors.Is(err, errors.ErrUnsupported) {
+				t.Error("refused by an old word")
+			}
+			return len(svids) == 1
+		})
+	})
+}
+
+// A server that signs none is asked again for whoever comes later.
+func TestWITRefusedLongAgo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(t, newTestCA(t, td), false)
+		w := newFakeWIT(t, f)
+		w.off = true
+		f.add(testEntry(1), testEntry(2))
+		n := startWIT(t, f)
+		n.awaitWIT(uid("1"), "a refusal", func(_ []*registry.WITSVID, err error) bool { return errors.Is(err, errors.ErrUnsupported) })
+		f.remove("entry-00001") // nobody else waits
+		n.syncSoon()
+		time.Sleep(time.Second)
+		f.set(func() { w.off = false })
+		time.Sleep(5 * time.Minute)
+		n.awaitWIT(uid("2"), "one", func(svids []*registry.WITSVID, err error) bool {
+			if errors.Is(err, errors.ErrUnsupported) {
+				t.Error("refused by an old word")
+			}
+			return len(svids) == 1
+		})
 	})
 }
 

@@ -87,6 +87,10 @@ type WITSource interface {
 	// one with that ID if it is not zero, in the order of Matcher.Match and with
 	// unique hints, and a channel that is closed when the answer may have
 	// changed. None, without an error, if there is no such identity;
-	// ErrNotReady as with Source.Current.
+	// ErrNotReady as with Source.Current, and the error of WITRefused in its place
+	// where there is none left.
 	WITSVIDs(selectors []Selector, id spiffeid.ID) ([]*WITSVID, <-chan struct{}, error)
+	// WITRefused returns nil, or why there is no WIT profile here after all: an
+	// errors.ErrUnsupported, as long as the server says that it signs none.
+	WITRefused() error
 }

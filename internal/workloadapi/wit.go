@@ -23,6 +23,11 @@ import (
 // errNoWIT is the answer of both RPCs where the profile is off (§7).
 var errNoWIT = status.Error(codes.Unimplemented, "the WIT-SVID profile is not served here")
 
+// refusedWIT is the same where the server has it off. It is final for clients, who
+// would otherwise come back for ever to what nobody is going to switch on: whoever
+// does that starts them again.
+func refusedWIT(err error) error { return status.Error(codes.Unimplemented, err.Error()) }
+
 // FetchWITSVID implements Workload API §7.2.1.
 func (e *endpoint) FetchWITSVID(req *workloadpb.WITSVIDRequest, stream grpc.ServerStreamingServer[workloadpb.WITSVIDResponse]) error {
 	if e.wit == nil {
@@ -42,6 +47,9 @@ func (e *endpoint) FetchWITSVID(req *workloadpb.WITSVIDRequest, stream grpc.Serv
 func (e *endpoint) FetchWITBundles(_ *workloadpb.WITBundlesRequest, stream grpc.ServerStreamingServer[workloadpb.WITBundlesResponse]) error {
 	if e.wit == nil {
 		return errNoWIT
+	}
+	if err := e.wit.WITRefused(); err != nil {
+		return refusedWIT(err)
 	}
 	return e.follow(stream, &e.witBundles)
 }
@@ -82,8 +90,8 @@ func (e *endpoint) followWIT(stream grpc.ServerStream, id spiffeid.ID) error {
 		switch {
 		case errors.Is(err, registry.ErrNotReady) && changed != nil:
 			// It is on its way, or the one he has is the last for now.
-		case errors.Is(err, registry.ErrNotReady):
-			return status.Error(codes.Unavailable, err.Error()) // that says why
+		case errors.Is(err, errors.ErrUnsupported):
+			return refusedWIT(err)
 		case err != nil:
 			return e.sourceError(ctx, err)
 		case len(svids) == 0:

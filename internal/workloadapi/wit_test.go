@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -146,15 +147,32 @@ func (f witFunc) WITSVIDs([]registry.Selector, spiffeid.ID) ([]*registry.WITSVID
 	return f()
 }
 
-// A server that does not sign any is not the end: the caller is told why, and may
-// come back.
-func TestFetchWITSVIDOfNoServer(t *testing.T) {
+func (witFunc) WITRefused() error { return nil }
+
+// noWIT is a source whose server signs none.
+type noWIT struct{}
+
+var errServerHasNone = fmt.Errorf("%w: the server has none", errors.ErrUnsupported)
+
+func (noWIT) WITRefused() error { return errServerHasNone }
+
+func (noWIT) WITSVIDs([]registry.Selector, spiffeid.ID) ([]*registry.WITSVID, <-chan struct{}, error) {
+	return nil, nil, errServerHasNone
+}
+
+// WAPI-51: where the server signs none, both are Unimplemented, and say why.
+func TestWITOfNoServer(t *testing.T) {
 	s := source(t, entry(t, "web", "unix:uid:0"))
-	socket, _ := serve(t, Config{Source: s, WIT: witFunc(func() ([]*registry.WITSVID, <-chan struct{}, error) {
-		return nil, nil, fmt.Errorf("%w: the server has none", registry.ErrNotReady)
-	})})
-	_, _, err := fetchWIT(t, client(t, socket), "")
-	wantCode(t, err, codes.Unavailable, "the server has none")
+	socket, _ := serve(t, Config{Source: s, WIT: noWIT{}})
+	c := client(t, socket)
+	_, _, err := fetchWIT(t, c, "")
+	wantCode(t, err, codes.Unimplemented, "the server has none")
+	bundles, err := c.FetchWITBundles(header(t.Context()), &workloadpb.WITBundlesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = bundles.Recv()
+	wantCode(t, err, codes.Unimplemented, "the server has none")
 }
 
 // WAPI-61, -62, WAPI-42: each kind of bundle has its own keys and no others.
