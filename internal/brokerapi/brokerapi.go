@@ -44,6 +44,7 @@ const (
 	maxRequest        = 64 << 10         // bytes
 	maxChain          = 5                // certificates that a broker may show
 	handshakes        = 32               // at a time
+	handshakesOfUser  = 8                // of that
 	connsPerBroker    = 16
 	connsOfOthers     = 8 // of SPIFFE IDs that are not on the list, all together
 	callsPerBroker    = 2048
@@ -99,11 +100,11 @@ type Server struct {
 	log      *slog.Logger
 	brokers  map[spiffeid.ID]*share
 	others   *share        // of those with an SVID who are no brokers
-	greeting chan struct{} // holds one for each handshake
 	refusals *rate.Limiter // keeps a caller from flooding the log
 
-	mu    sync.Mutex // guards conns
-	conns map[*conn]bool
+	mu       sync.Mutex // guards the fields below
+	conns    map[*conn]bool
+	greeting map[uint32]int // handshakes that go on, by user; none is 0
 }
 
 // New returns a server that does nothing yet.
@@ -121,7 +122,7 @@ func New(cfg Config) *Server {
 		log:      cfg.Log,
 		brokers:  map[spiffeid.ID]*share{},
 		others:   newShare(connsOfOthers),
-		greeting: make(chan struct{}, handshakes),
+		greeting: map[uint32]int{},
 		refusals: rate.NewLimiter(refusalRate, burst*refusalRate),
 		conns:    map[*conn]bool{},
 	}

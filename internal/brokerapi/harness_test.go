@@ -46,7 +46,8 @@ var (
 func id(path string) spiffeid.ID { return spiffeid.RequireFromPath(td, path) }
 
 // The test binary plays other processes: "wait" is a workload, "connect" a broker
-// that only connects and says what it gets.
+// that only connects and says what it gets, "silent" makes connections, says nothing
+// on them, and tells when they are closed.
 func TestMain(m *testing.M) {
 	switch os.Getenv("ROLE") {
 	case "":
@@ -59,6 +60,21 @@ func TestMain(m *testing.M) {
 		os.Stdin.Read(make([]byte, 1))
 		os.Setenv("ROLE", "wait")
 		fmt.Println(syscall.Exec("/proc/self/exe", []string{"other"}, os.Environ()))
+	case "silent":
+		var held []net.Conn
+		for range handshakes + 5 {
+			c, err := net.Dial("unix", os.Getenv("SOCKET"))
+			if err != nil {
+				fmt.Println(err)
+				os.Exit(1)
+			}
+			held = append(held, c)
+		}
+		fmt.Println("there")
+		for _, c := range held {
+			c.Read(make([]byte, 1))
+		}
+		fmt.Println("closed")
 	case "connect":
 		c, err := net.Dial("unix", os.Getenv("SOCKET"))
 		if err != nil {

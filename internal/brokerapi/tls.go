@@ -98,13 +98,6 @@ func (t *transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInf
 }
 
 func (t *transport) handshake(raw net.Conn) (*conn, credentials.AuthInfo, error) {
-	s := t.s
-	select {
-	case s.greeting <- struct{}{}:
-		defer func() { <-s.greeting }()
-	default:
-		return nil, nil, fmt.Errorf("%d handshakes are going on: %w", handshakes, errTooMany)
-	}
 	uc, ok := raw.(*net.UnixConn)
 	if !ok {
 		return nil, nil, fmt.Errorf("a unix socket is wanted, not a %T", raw)
@@ -113,11 +106,42 @@ func (t *transport) handshake(raw net.Conn) (*conn, credentials.AuthInfo, error)
 	if err != nil {
 		return nil, nil, err
 	}
+	end, err := t.s.beginHandshake(process.UID)
+	if err != nil {
+		process.Close()
+		return nil, nil, err
+	}
+	defer end()
 	c, info, err := t.authenticate(raw, process)
 	if err != nil {
 		process.Close()
 	}
 	return c, info, err
+}
+
+// beginHandshake counts a handshake until end is called. A user whose processes
+// connect and say nothing keeps no other out.
+func (s *Server) beginHandshake(uid uint32) (end func(), err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := 0
+	for _, n := range s.greeting {
+		all += n
+	}
+	switch own := s.greeting[uid]; {
+	case own >= handshakesOfUser:
+		return nil, fmt.Errorf("%d handshakes of uid %d are going on: %w", own, uid, errTooMany)
+	case all >= handshakes:
+		return nil, fmt.Errorf("%d handshakes are going on: %w", all, errTooMany)
+	}
+	s.greeting[uid]++
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.greeting[uid]--; s.greeting[uid] == 0 {
+			delete(s.greeting, uid)
+		}
+	}, nil
 }
 
 func (t *transport) authenticate(raw net.Conn, process *peercred.Peer) (*conn, credentials.AuthInfo, error) {

@@ -5,7 +5,8 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"net"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -381,23 +382,49 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// A connection that says nothing is dropped, and gives its place back.
+// Connections that say nothing keep no other user's out, and are dropped.
 func TestSilentHandshakes(t *testing.T) {
+	s, _ := federated(t)
+	r := serve(t, s, nil)
+	for _, path := range []string{filepath.Dir(r.socket), r.socket} {
+		if err := os.Chmod(path, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := run(t, "silent", r.socket, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: workloadUID, Gid: workloadUID}})
+	eventually(t, "it is said", func() bool { return strings.Contains(r.log.String(), "handshakes of uid 12345 are going on") })
+	if _, _, err := subscribe(t, r.client(), byPID(t, workload(t).pid())); err != nil {
+		t.Error(err)
+	}
 	if testing.Short() {
 		t.Skip("takes as long as a handshake may")
 	}
-	s, _ := federated(t)
-	r := serve(t, s, nil)
-	for range handshakes + 5 {
-		c, err := net.Dial("unix", r.socket)
+	p.says(t, "closed\n")
+	eventually(t, "their places are given back", func() bool {
+		r.server.mu.Lock()
+		defer r.server.mu.Unlock()
+		return len(r.server.greeting) == 0
+	})
+}
+
+// The handshakes of all users have a limit as well.
+func TestHandshakes(t *testing.T) {
+	s := New(Config{})
+	var ends []func()
+	for i := range handshakes {
+		end, err := s.beginHandshake(uint32(i / handshakesOfUser))
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer c.Close()
+		ends = append(ends, end)
 	}
-	eventually(t, "it is said", func() bool { return strings.Contains(r.log.String(), "handshakes are going on") })
-	eventually(t, "the others are dropped", func() bool { return len(r.server.greeting) == 0 })
-	if _, _, err := subscribe(t, r.client(), byPID(t, workload(t).pid())); err != nil {
-		t.Error(err)
+	if _, err := s.beginHandshake(handshakes); !errors.Is(err, errTooMany) {
+		t.Errorf("one too many: %v", err)
+	}
+	for _, end := range ends {
+		end()
+	}
+	if len(s.greeting) != 0 {
+		t.Errorf("handshakes of %d users are left", len(s.greeting))
 	}
 }
