@@ -2,13 +2,13 @@ package systemd
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/godbus/dbus/v5"
 	sys "golang.org/x/sys/unix"
 
 	"github.com/spiffed/spiffed/internal/peercred"
@@ -161,13 +161,15 @@ const (
 // for a moment. It is asked over the system bus, and not by the socket that
 // systemctl has for root: spiffed need not be root.
 func (f *fragments) ask(pid int32, pidfd int, p place) (string, error) {
-	deadline := time.Now().Add(f.timeout)
+	ctx, cancel := context.WithTimeout(context.Background(), f.timeout)
+	defer cancel()
+	deadline, _ := ctx.Deadline()
 	for {
-		b, err := openBus(f.socket, deadline)
+		b, err := openBus(ctx, f.socket)
 		if err != nil {
 			return "", fmt.Errorf("%w: %w", errAway, err)
 		}
-		path, err := b.fragment(pid, pidfd, p)
+		path, err := b.fragment(ctx, pid, pidfd, p)
 		b.close()
 		if !errors.Is(err, errAway) || time.Until(deadline) < askPause {
 			return path, err
@@ -179,8 +181,8 @@ func (f *fragments) ask(pid int32, pidfd int, p place) (string, error) {
 // fragment holds what systemd says of the process against what the kernel says.
 // They differ if the process was moved meanwhile, or if the systemd on this bus
 // is not process 1.
-func (b *bus) fragment(pid int32, pidfd int, p place) (string, error) {
-	object, err := b.unitOf(pid, pidfd)
+func (b *bus) fragment(ctx context.Context, pid int32, pidfd int, p place) (string, error) {
+	object, err := b.unitOf(ctx, pid, pidfd)
 	if err != nil {
 		return "", err
 	}
@@ -193,14 +195,15 @@ func (b *bus) fragment(pid int32, pidfd int, p place) (string, error) {
 		{busInterface(p.unit), "ControlGroup", &group},
 		{"Unit", "FragmentPath", &path},
 	} {
-		if *get.to, err = b.property(object, get.of, get.property); err != nil {
-			return "", err
+		args := []any{systemdName + "." + get.of, get.property}
+		if err := b.call(ctx, object, "org.freedesktop.DBus.Properties.Get", args, get.to); err != nil {
+			return "", fmt.Errorf("property %s of %q: %w", get.property, object, err)
 		}
 	}
 	if id != p.unit || group != p.path {
 		return "", fmt.Errorf("systemd says that process %d is in unit %q, control group %q, but the kernel that it is in %q", pid, id, group, p.path)
 	}
-	return path, nil
+	return strings.Clone(path), nil // the library's is a piece of 4 KiB, and this is kept
 }
 
 // busInterface is that of the properties which units of this one's type have.
@@ -210,47 +213,16 @@ func busInterface(unit string) string {
 }
 
 // unitOf returns the object of the unit that a process is in.
-func (b *bus) unitOf(pid int32, pidfd int) (string, error) {
-	c := call{to: systemdName, path: managerPath, iface: systemdName + ".Manager", member: "GetUnitByPIDFD", signature: "h", body: u32(nil, 0), fd: pidfd}
-	m, err := b.call(c)
-	if err == nil {
-		return m.text("osay")
-	}
+func (b *bus) unitOf(ctx context.Context, pid int32, pidfd int) (object dbus.ObjectPath, err error) {
+	const manager = systemdName + ".Manager"
+	var id string
+	var invocation []byte
+	err = b.callWithFD(ctx, managerPath, manager+".GetUnitByPIDFD", pidfd, &object, &id, &invocation)
 	// systemd 252 and older do not know that method, and the bus has no rule
 	// that lets others than root call it. By pid it may be about another
 	// process: the unit has to be the one that the kernel says.
-	if no := new(busError); errors.As(err, &no) && (no.name == "org.freedesktop.DBus.Error.UnknownMethod" || no.name == "org.freedesktop.DBus.Error.AccessDenied") {
-		c.member, c.signature, c.body = "GetUnitByPID", "u", binary.NativeEndian.AppendUint32(nil, uint32(pid))
-		if m, err = b.call(c); err == nil {
-			return m.text("o")
-		}
+	if no := (dbus.Error{}); errors.As(err, &no) && (no.Name == "org.freedesktop.DBus.Error.UnknownMethod" || no.Name == "org.freedesktop.DBus.Error.AccessDenied") {
+		err = b.call(ctx, managerPath, manager+".GetUnitByPID", []any{uint32(pid)}, &object)
 	}
-	return "", judge(err)
-}
-
-// property returns a property of a unit that is a text.
-func (b *bus) property(object, of, name string) (string, error) {
-	m, err := b.call(call{to: systemdName, path: object, iface: "org.freedesktop.DBus.Properties", member: "Get",
-		signature: "ss", body: text32(text32(nil, systemdName+"."+of), name)})
-	if err != nil {
-		return "", judge(err)
-	}
-	text, err := m.text("v")
-	if err != nil {
-		return "", fmt.Errorf("property %s of %q: %w", name, object, err)
-	}
-	return text, nil
-}
-
-// judge tells systemd's answers, which are about the process, from the bus's
-// that systemd does not answer.
-func judge(err error) error {
-	if no := new(busError); errors.As(err, &no) {
-		switch strings.TrimPrefix(no.name, "org.freedesktop.DBus.Error.") {
-		case "ServiceUnknown", "NameHasNoOwner", "NoReply", "Timeout", "TimedOut", "Disconnected", "LimitsExceeded", "AccessDenied":
-		default:
-			return err
-		}
-	}
-	return fmt.Errorf("%w: %w", errAway, err)
+	return object, err
 }

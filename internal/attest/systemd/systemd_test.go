@@ -17,6 +17,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/godbus/dbus/v5"
+
 	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/peercred"
 	"github.com/spiffed/spiffed/internal/registry"
@@ -224,7 +226,7 @@ func TestFragmentLeftOut(t *testing.T) {
 		}, "cannot be asked over D-Bus"},
 		"nonsense":       {func(uint32, string, ...string) []byte { return []byte("0123456789012345") }, "cannot be asked over D-Bus"},
 		"silent":         {func(uint32, string, ...string) []byte { return []byte{} }, "cannot be asked over D-Bus"},
-		"not a text":     {func(serial uint32, _ string, _ ...string) []byte { return answer(serial, "u", u32(nil, 1)) }, "instead of"},
+		"not a text":     {func(serial uint32, _ string, _ ...string) []byte { return answer(serial, uint32(1)) }, "the answer to GetUnitByPIDFD"},
 		"no valid value": {unit("x.service", group, "/etc/x\n.service"), "control character"},
 		"has none":       {unit("x.service", group, ""), ""},
 	} {
@@ -248,7 +250,7 @@ func TestFragmentLeftOut(t *testing.T) {
 			case "GetUnitByPIDFD":
 				return refusal(serial, "org.freedesktop.DBus.Error.AccessDenied")
 			case "GetUnitByPID":
-				return answer(serial, "o", text32(nil, "/object"))
+				return answer(serial, dbus.ObjectPath("/object"))
 			}
 			return real(serial, member, args...)
 		})
