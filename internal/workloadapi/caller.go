@@ -57,7 +57,7 @@ func (s *Server) attest(ctx context.Context) (*attest.Process, error) {
 // closed logs that a connection was given up, since it may be an attack.
 func (s *Server) closed(p *peercred.Peer, why error) {
 	if !errors.Is(why, peercred.ErrEnded) {
-		s.refused("closed a connection", p, why)
+		s.audit(s.closures, "closed a connection", p, why)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync/atomic"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -56,9 +57,11 @@ func unknownMethod(any, grpc.ServerStream) error {
 }
 
 // refused logs a refusal, at Info as long as there are not too many.
-func (s *Server) refused(what string, p *peercred.Peer, err error) {
+func (s *Server) refused(what string, p *peercred.Peer, err error) { s.audit(s.refusals, what, p, err) }
+
+func (s *Server) audit(atInfo *rate.Limiter, what string, p *peercred.Peer, err error) {
 	level := slog.LevelInfo
-	if !s.refusals.Allow() {
+	if !atInfo.Allow() {
 		level = slog.LevelDebug
 	}
 	attrs := []any{"type", "audit", "reason", reason(err)}
@@ -69,9 +72,9 @@ func (s *Server) refused(what string, p *peercred.Peer, err error) {
 }
 
 // overLimit logs that a user's processes ask for more than they may: for each user
-// a line a second at the most.
+// a line a second at the most, and not too many for all.
 func (s *Server) overLimit(what string, u *user, pid int32, err error) {
-	if suppressed, ok := u.mayLog(); ok {
+	if suppressed, ok := u.mayLog(s.overLimits); ok {
 		s.log.Warn(what, "type", "audit", "reason", err.Error(), "pid", pid, "caller_uid", u.uid, "suppressed", suppressed)
 	}
 }

@@ -2,7 +2,10 @@ package workloadapi
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -11,10 +14,13 @@ import (
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/reflection/grpc_reflection_v1"
 
+	"github.com/spiffed/spiffed/internal/peercred"
 	"github.com/spiffed/spiffed/internal/registry"
+	"github.com/spiffed/spiffed/internal/unixsocket"
 )
 
 func TestFit(t *testing.T) {
@@ -198,7 +204,51 @@ func TestOneLineASecond(t *testing.T) {
 		if !strings.Contains(text.String(), "caller_uid=7 suppressed=99") {
 			t.Errorf("logged %s", text)
 		}
+		for uid := range uint32(1000) { // one that many users may have
+			refuse(100000 + uid)
+		}
+		if n := strings.Count(text.String(), "too many"); n > 3+refusalsAtATime {
+			t.Errorf("%d lines for a thousand users", n)
+		}
 	})
+}
+
+// What may be an attack on another's connection is in the log however much else is.
+func TestClosuresAreLogged(t *testing.T) {
+	log, text := newLog()
+	s := newServer(Config{Source: source(t), Log: log})
+	p := &peercred.Peer{PID: 1, UID: 7}
+	for range 10 * refusalsAtATime {
+		s.refused("refused a call", p, errors.New("bad"))
+	}
+	s.closed(p, errors.New("process 2 writes on it"))
+	if !strings.Contains(text.String(), `level=INFO msg="closed a connection"`) {
+		t.Error("it is not in the log at Info")
+	}
+}
+
+// A listener that is to stop takes nobody more, however many connect.
+func TestStoppedListenerAdmitsNobody(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	raw, err := unixsocket.Listen(unixsocket.Config{Path: path, Mode: 0o600})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop := make(chan struct{})
+	l, err := newListener(raw, newServer(Config{Source: source(t)}), stop)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	close(stop)
+	if c, err := l.admit(int(l.file.Fd())); err != unix.EAGAIN {
+		t.Errorf("got %v, %v", c, err)
+	}
 }
 
 // Frames are told apart wherever a read ends.

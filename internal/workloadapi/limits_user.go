@@ -205,13 +205,14 @@ func (us *users) held() (connections, calls int) {
 	return us.connections.all, us.calls.all
 }
 
-// mayLog says whether a refusal of this user is worth a line: one a second. The
-// number is that of those before without one.
-func (u *user) mayLog() (suppressed int, ok bool) {
+// mayLog says whether a refusal of this user is worth a line: one a second, as long
+// as those of all users are not too many. The number is that of those before
+// without one.
+func (u *user) mayLog(all *rate.Limiter) (suppressed int, ok bool) {
 	u.logMu.Lock()
 	defer u.logMu.Unlock()
 	now := time.Now()
-	if now.Sub(u.logged) < time.Second {
+	if now.Sub(u.logged) < time.Second || !all.AllowN(now, 1) {
 		u.suppressed = min(u.suppressed+1, math.MaxInt32)
 		return 0, false
 	}

@@ -96,9 +96,15 @@ func goFirst() {
 }
 
 // admit accepts connections until there is one that may be held. EAGAIN: nobody
-// waits.
+// waits, or the endpoint stops: then the wait for more ends with the close, which
+// has to wait for this, so nobody may prolong it by connecting again and again.
 func (l *listener) admit(listening int) (net.Conn, error) {
 	for {
+		select {
+		case <-l.stop:
+			return nil, unix.EAGAIN
+		default:
+		}
 		fd, _, err := unix.Accept4(listening, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
 		switch err {
 		case nil:

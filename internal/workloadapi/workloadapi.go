@@ -38,7 +38,7 @@ const (
 	streamsPerConn     = 1024
 	reflectionsPerUser = 8 // the only calls whose clients may send when they like
 	refusalsPerSec     = 10
-	refusalsAtATime    = 100 // that are logged at Info
+	refusalsAtATime    = 100 // that are logged at Info, of each kind
 )
 
 // patience is how long the endpoint waits for a client. Whoever lets it wait
@@ -89,7 +89,10 @@ type Server struct {
 	attestors []attest.Workload
 	log       *slog.Logger
 	ready     func() (bool, <-chan struct{})
-	refusals  *rate.Limiter // keeps a caller from flooding the log
+
+	// They keep a caller from flooding the log. What may be an attack on another
+	// has one of its own, so that no number of bad calls hides it.
+	refusals, closures, overLimits *rate.Limiter
 
 	limits       Limits
 	patience     patience
@@ -113,6 +116,8 @@ func New(cfg Config) *Server {
 		log:          cfg.Log,
 		ready:        cfg.Ready,
 		refusals:     rate.NewLimiter(refusalsPerSec, refusalsAtATime),
+		closures:     rate.NewLimiter(refusalsPerSec, refusalsAtATime),
+		overLimits:   rate.NewLimiter(refusalsPerSec, refusalsAtATime),
 		limits:       limits,
 		patience:     defaultPatience,
 		users:        users,
