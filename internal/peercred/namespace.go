@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
@@ -70,6 +71,65 @@ func (p *Peer) checkUserNamespace() error {
 		return fmt.Errorf("process %d (uid %d, gid %d) has a user or group that does not exist in this user namespace", p.PID, p.UID, p.GID)
 	}
 	return nil
+}
+
+// ProgramProven returns an error unless the answer that proves the connection
+// (Proven) is sure to have been written by the process. The kernel does not let a
+// writer give another's pid for its own, except one with CAP_SYS_ADMIN in the user
+// namespace that owns its pid namespace. In a namespace that anybody can make, he
+// has that: there an accomplice can write in the name of a process that has become
+// another program. So what the process runs is not to be believed unless its pid
+// namespace is owned by our own user namespace. The namespaces around that one are
+// owned by ours too, or by one above: whoever may give false pids there is master
+// of our namespace as well.
+//
+// A Peer that has nothing to prove is what it was pinned as. The question is about
+// another process if Alive fails afterwards.
+func (p *Peer) ProgramProven() error {
+	if p.proven == nil {
+		return nil
+	}
+	own, err := p.ownsPIDs()
+	if err != nil {
+		return fmt.Errorf("finding out who owns the pid namespace of process %d: %w", p.PID, err)
+	}
+	if !own {
+		return fmt.Errorf("process %d is in a pid namespace of a user namespace that is not the agent's, where another process may have answered in its name", p.PID)
+	}
+	return nil
+}
+
+// ownsPIDs says whether our user namespace owns the pid namespace of the process.
+func (p *Peer) ownsPIDs() (bool, error) {
+	path := fmt.Sprintf("/proc/%d/ns/pid", p.PID)
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	owner, err := unix.IoctlRetInt(fd, unix.NS_GET_USERNS)
+	if errors.Is(err, unix.EPERM) {
+		// The owner is neither our user namespace nor one below. If it is our
+		// pid namespace, the owner is above: an agent that has a user namespace
+		// of its own among the processes of the host.
+		return sameFile(fd, "/proc/self/ns/pid")
+	}
+	if err != nil {
+		return false, os.NewSyscallError("NS_GET_USERNS", err)
+	}
+	defer unix.Close(owner)
+	return sameFile(owner, "/proc/self/ns/user")
+}
+
+func sameFile(fd int, path string) (bool, error) {
+	var a, b unix.Stat_t
+	if err := unix.Fstat(fd, &a); err != nil {
+		return false, os.NewSyscallError("fstat", err)
+	}
+	if err := unix.Stat(path, &b); err != nil {
+		return false, &fs.PathError{Op: "stat", Path: path, Err: err}
+	}
+	return a.Dev == b.Dev && a.Ino == b.Ino, nil
 }
 
 // CheckOwner returns an error that is ErrChanged unless the process with this pid

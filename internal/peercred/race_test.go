@@ -495,6 +495,52 @@ func TestDescriptorsAreNotTaken(t *testing.T) {
 	}
 }
 
+// What a process runs is not believed where any user may give its pid for his own.
+func TestProgramProven(t *testing.T) {
+	one := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 12345, Size: 1}}
+	user := func() *syscall.SysProcAttr {
+		return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 12345, Gid: 12345}}
+	}
+	container := user()
+	container.Cloneflags = syscall.CLONE_NEWPID
+	userns := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: one, GidMappings: one}
+	both := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWPID, UidMappings: one, GidMappings: one}
+	const no = "another process may have answered in its name"
+	for _, tt := range []struct {
+		name          string
+		judge, judged *syscall.SysProcAttr
+		want          string
+	}{
+		{"beside it", nil, user(), "verdict: <nil>"},
+		{"in a container of root", nil, container, "verdict: <nil>"},
+		{"in a user namespace only", nil, userns, "verdict: <nil>"},
+		{"in a pid namespace of a user", nil, both, no},
+		{"an ordinary user, and a process of his", user(), user(), "verdict: <nil>"},
+		{"an ordinary user, and a process of root", user(), &syscall.SysProcAttr{}, "permission denied"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := newPlayer(t, self, nil, tt.judged)
+			if got := start(t, "judge program", strconv.Itoa(p.pid()), tt.judge).line(t); !strings.Contains(got, tt.want) {
+				t.Errorf("%s, want %q", got, tt.want)
+			}
+		})
+	}
+	// An agent in a user namespace of its own, among the processes of the host,
+	// and those of its own namespace: itself will do.
+	if got := start(t, "judge program", "0", userns).line(t); got != "verdict: <nil>" {
+		t.Error(got)
+	}
+	p := newPlayer(t, self, nil, both)
+	peer, err := FromPID(int32(p.pid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	if err := peer.ProgramProven(); err != nil {
+		t.Error("a process that came with no connection: ", err)
+	}
+}
+
 func TestFromPID(t *testing.T) {
 	p := newPlayer(t, self, nil, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 12345, Gid: 23456}})
 	peer, err := FromPID(int32(p.pid()))

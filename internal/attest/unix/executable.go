@@ -16,6 +16,13 @@ import (
 // executable adds the path and the hash of the program that the process runs.
 // Both are read from one descriptor, so that they are about one file.
 func (a *Attestor) executable(ctx context.Context, peer *peercred.Peer, wantPath, wantHash bool, add func(kind, value string)) error {
+	if err := peer.ProgramProven(); err != nil {
+		if err := peer.Alive(); err != nil {
+			return err
+		}
+		a.leftOut(peer, "left out path and sha256: another process may speak for this one", "err", err)
+		return nil
+	}
 	// O_PATH: neither permission to read the file is needed, nor is the file
 	// system that it is on asked to open it.
 	fd, err := sys.Open("/proc/"+strconv.Itoa(int(peer.PID))+"/exe", sys.O_PATH|sys.O_CLOEXEC, 0)
