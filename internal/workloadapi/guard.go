@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
@@ -37,19 +38,47 @@ func (e *endpoint) admit(ctx context.Context, info *tap.Info) (context.Context, 
 		err := status.Errorf(codes.InvalidArgument, "security header missing from request: the metadata %q must be there once, as %q", securityHeader, "true")
 		p, _ := peercred.FromContext(ctx)
 		e.refused("refused a call", p, err)
-		return ctx, err
+		return c.refuse(ctx, err)
 	}
 	one, err := c.begin(strings.HasPrefix(info.FullMethodName, "/grpc.reflection."))
 	if err != nil {
 		c.user.charge(unitsPerRefusal)
 		e.overLimit("refused a call", c.user, c.pid, err)
-		return ctx, status.Error(codes.Unavailable, err.Error())
+		return c.refuse(ctx, status.Error(codes.Unavailable, err.Error()))
 	}
 	context.AfterFunc(ctx, func() {
 		one.late.Stop()
 		one.done()
 	})
 	return context.WithValue(ctx, callKey{}, one), nil
+}
+
+// refuse is how admit refuses a call. gRPC never ends the context of a call that is
+// refused before it begins, and one with a deadline is held until then, which may be
+// in a thousand years. So such a call begins, and the interceptors refuse it.
+func (c *conn) refuse(ctx context.Context, why error) (context.Context, error) {
+	if _, ok := ctx.Deadline(); !ok {
+		return ctx, why
+	}
+	// Only that of an RPC that is not a stream is more than a moment here: until its
+	// request has come.
+	if !c.user.beginRefused() {
+		c.drop("too many refused calls lack their request") // which ends this one as well
+	}
+	late := time.AfterFunc(c.s.patience.request, func() { c.drop("a call's request did not arrive in time") })
+	context.AfterFunc(ctx, func() {
+		late.Stop()
+		c.user.endRefused()
+	})
+	return context.WithValue(ctx, refusalKey{}, why), nil
+}
+
+type refusalKey struct{}
+
+// refusalOf returns why admit would not have the call, or nil.
+func refusalOf(ctx context.Context) error {
+	err, _ := ctx.Value(refusalKey{}).(error)
+	return err
 }
 
 func unknownMethod(any, grpc.ServerStream) error {
@@ -87,6 +116,9 @@ func reason(err error) string {
 }
 
 func (e *endpoint) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	if err := refusalOf(ctx); err != nil {
+		return nil, err
+	}
 	one := callOf(ctx)
 	one.late.Stop() // its request is there
 	ctx, cancel := e.untilStop(ctx)
@@ -107,6 +139,9 @@ func (e *endpoint) unary(ctx context.Context, req any, info *grpc.UnaryServerInf
 }
 
 func (e *endpoint) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if err := refusalOf(ss.Context()); err != nil {
+		return err
+	}
 	ctx, cancel := e.untilStop(ss.Context())
 	defer cancel()
 	return e.guard(ctx, info.FullMethod, func() error {

@@ -14,6 +14,8 @@ import (
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/reflection/grpc_reflection_v1"
@@ -325,6 +327,77 @@ func TestLimitsInAll(t *testing.T) {
 		_, _, err := fetch(t, client(t, socket))
 		return err != nil && strings.Contains(err.Error(), "hold 3 calls")
 	})
+}
+
+// Nothing is left of refused calls, whatever deadline they have.
+func TestRefusedCallsAreForgotten(t *testing.T) {
+	s := newServer(Config{Source: source(t, entry(t, "web", "unix:uid:0"))})
+	socket, _ := serveWith(t, s)
+	h, err := dialHostile(socket, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	before := heapMemory()
+	const calls, some = 5000, 100
+	for range calls / some {
+		for range some {
+			if err := h.call(securityHeader, "twice", "grpc-timeout", "99999999H"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		eventually(t, "they are answered", func() bool { return s.users.refusing() == 0 })
+	}
+	if err := h.call(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "all have been read", func() bool { _, calls := s.users.held(); return calls == 1 })
+	eventually(t, "nothing is left", func() bool { return heapMemory() < before+calls*100 })
+}
+
+// A refused call whose request never comes does not hold for long, nor much, what is
+// not counted as a call.
+func TestRefusedCallsWithoutRequest(t *testing.T) {
+	for name, tt := range map[string]struct {
+		calls    int
+		patience time.Duration
+		want     string
+	}{
+		"many": {11, time.Hour, "too many refused calls lack their request"},
+		"late": {1, 100 * time.Millisecond, "a call's request did not arrive in time"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			log, text := newLog()
+			s := newServer(Config{Source: source(t), Log: log, Limits: Limits{Streams: 40}})
+			s.patience.request = tt.patience
+			socket, _ := serveWith(t, s)
+			h, err := dialHostile(socket, true)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer h.Close()
+			for i := range tt.calls {
+				h.block.Reset()
+				for _, f := range [][2]string{{":method", "POST"}, {":scheme", "http"}, {":path", "/SpiffeWorkloadAPI/FetchJWTSVID"}, {":authority", "x"}, {"content-type", "application/grpc"}, {"te", "trailers"}, {"grpc-timeout", "99999999H"}} {
+					h.enc.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]})
+				}
+				if err := h.fr.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i + 1), BlockFragment: h.block.Bytes(), EndHeaders: true}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			eventually(t, "it is dropped", func() bool {
+				conns, _ := s.users.held()
+				return conns == 0 && s.users.refusing() == 0 && strings.Contains(text.String(), tt.want)
+			})
+		})
+	}
+}
+
+// refusing says how many calls are refused and have not ended.
+func (us *users) refusing() int {
+	us.mu.Lock()
+	defer us.mu.Unlock()
+	return us.refused
 }
 
 func TestReflectionsPerUser(t *testing.T) {

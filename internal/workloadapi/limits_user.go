@@ -39,6 +39,7 @@ type users struct {
 	swept       time.Time
 	connections count
 	calls       count
+	refused     int // calls, see user.beginRefused
 }
 
 // count is what all users hold, and of it those who have no part in the reserve.
@@ -53,8 +54,8 @@ type user struct {
 	opens, begins, units, signings *rate.Limiter
 
 	// Guarded by users.mu.
-	connections, calls, reflections int
-	used                            time.Time
+	connections, calls, reflections, refused int
+	used                                     time.Time
 
 	logMu      sync.Mutex // guards the fields below
 	logged     time.Time
@@ -89,7 +90,7 @@ func (us *users) of(uid uint32) *user {
 		if now.Sub(us.swept) > idleUser {
 			us.swept = now
 			for uid, u := range us.known {
-				if u.connections == 0 && u.calls == 0 && now.Sub(u.used) > idleUser {
+				if u.connections == 0 && u.calls == 0 && u.refused == 0 && now.Sub(u.used) > idleUser {
 					delete(us.known, uid)
 				}
 			}
@@ -172,6 +173,26 @@ func (u *user) end(calls, reflections int) {
 	u.calls -= calls
 	u.reflections -= reflections
 	us.calls.add(u, -calls)
+}
+
+// beginRefused counts a call that is refused and has not ended, which endRefused
+// gives back, and says whether so many are right. It counts in any case. They are few
+// compared with calls, and so need no memory of their own.
+func (u *user) beginRefused() bool {
+	us := u.all
+	us.mu.Lock()
+	defer us.mu.Unlock()
+	u.refused++
+	us.refused++
+	return u.refused <= max(us.limits.Streams/4, 1) && us.refused <= max(us.limits.TotalStreams/8, 1)
+}
+
+func (u *user) endRefused() {
+	us := u.all
+	us.mu.Lock()
+	defer us.mu.Unlock()
+	u.refused--
+	us.refused--
 }
 
 func (c *count) add(u *user, n int) {
