@@ -10,11 +10,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// program tells one run of a program from every other, of the same file by the
+// program tells one run of a program from another, mostly of the same file by the
 // same process as well: an exec keeps the pid and may keep the file, but the
-// kernel puts the new program at other addresses, which it draws at random. (A
-// process may ask for the same addresses each time, but not for a program that
-// has privileges of its own, and any other it could take over without an exec.)
+// kernel puts the new program at other addresses, which it draws at random. A
+// process may ask for the same addresses each time (ADDR_NO_RANDOMIZE), except for
+// a program that has privileges of its own. Two runs of one file are alike then;
+// but their user could as well have the first do what he likes, by a library that
+// he has it load (LD_PRELOAD) or as its debugger. Runs of two files are never alike
+// while both files exist.
 //
 // The addresses and the file are 0 if we may not know them. Then nothing about
 // the program can be attested either.

@@ -21,14 +21,19 @@ import (
 //  2. After that, a PING with random bytes is sent on the connection, as the
 //     server's second frame. Every HTTP/2 endpoint answers it (RFC 9113 §6.7).
 //  3. The kernel names the writer of all that is read (conn.go). When the
-//     answer comes from the pinned process, the connection is proven.
+//     answer comes from the pinned process, the connection is proven. A writer
+//     may give any pid that it sees if it has CAP_SYS_ADMIN in the user namespace
+//     that owns its pid namespace: where that may be anybody, the proof says
+//     nothing about the program, and none is attested (ProgramProven).
 //  4. After each attestation, and before each answer, the process has to run
 //     what it ran at the accept (Peer.Confirm).
 //
-// What ran from 1 to 4 is one run of one program. It wrote the answer in 3, so it
-// knows the connection; what it has done with its copies of the socket is its own
-// affair. A program that inherits the socket and knows nothing of it does not
-// answer, unless it copies what others send it to such a descriptor byte by byte.
+// What ran from 1 to 4 is one run of one program (but see program.go). It wrote
+// the answer in 3, or somebody did who has CAP_SYS_ADMIN in the agent's own user
+// namespace, and needs no trick; so it knows the connection, and what it has done
+// with its copies of the socket is its own affair. A program that inherits the
+// socket and knows nothing of it does not answer, unless it copies what others
+// send it to such a descriptor byte by byte.
 
 const (
 	prefaceLen  = 24 // "PRI * HTTP/2.0" and so on, before the client's first frame

@@ -503,8 +503,8 @@ func TestProgramProven(t *testing.T) {
 	}
 	container := user()
 	container.Cloneflags = syscall.CLONE_NEWPID
-	userns := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: one, GidMappings: one}
-	both := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWPID, UidMappings: one, GidMappings: one}
+	userns := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, Credential: &syscall.Credential{}, UidMappings: one, GidMappings: one, GidMappingsEnableSetgroups: true}
+	both := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWPID, Credential: &syscall.Credential{}, UidMappings: one, GidMappings: one, GidMappingsEnableSetgroups: true}
 	const no = "another process may have answered in its name"
 	for _, tt := range []struct {
 		name          string

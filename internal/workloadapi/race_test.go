@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -53,6 +54,8 @@ func play(in io.Reader) {
 
 type script struct {
 	conn   *net.UnixConn
+	child  *child
+	alias  int // the pid to write with; 0: its own
 	stream grpc.ServerStreamingClient[workloadpb.X509SVIDResponse]
 	api    workloadpb.SpiffeWorkloadAPIClient
 }
@@ -90,9 +93,9 @@ func (s *script) do(command, arg string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		return "ok", request(s.conn, method, data)
+		return "ok", request(s, method, data)
 	case "answer":
-		fr := http2.NewFramer(s.conn, s.conn)
+		fr := http2.NewFramer(s, s.conn)
 		for {
 			f, err := fr.ReadFrame()
 			if err != nil {
@@ -113,6 +116,28 @@ func (s *script) do(command, arg string) (string, error) {
 				return ids(d.Data()), nil
 			}
 		}
+	case "identities": // all of a message
+		fr := http2.NewFramer(io.Discard, s.conn)
+		for {
+			f, err := fr.ReadFrame()
+			if err != nil {
+				return "", err
+			}
+			if d, ok := f.(*http2.DataFrame); ok {
+				all := regexp.MustCompile(`spiffe://example\.org/[a-z]+`).FindAllString(string(d.Data()), -1)
+				slices.Sort(all)
+				return strings.Join(slices.Compact(all), " "), nil
+			}
+		}
+	case "child": // that has the other end of a pair of sockets
+		var err error
+		s.child, err = newChild()
+		return "ok", err
+	case "tell": // the child
+		return s.child.tell(arg)
+	case "alias": // the child's pid
+		s.alias = s.child.cmd.Process.Pid
+		return "ok", nil
 	case "read": // to the end, or to what should not be there
 		var all []byte
 		for buf := make([]byte, 4096); ; {
@@ -153,6 +178,62 @@ func (s *script) do(command, arg string) (string, error) {
 		return "ok", syscall.Setuid(number)
 	}
 	return "", fmt.Errorf("unknown command %q", command)
+}
+
+func (s *script) Write(b []byte) (int, error) {
+	if s.alias == 0 {
+		return s.conn.Write(b)
+	}
+	n, _, err := s.conn.WriteMsgUnix(b, sys.UnixCredentials(&sys.Ucred{Pid: int32(s.alias)}), nil)
+	return n, err
+}
+
+// A child is a player of a player, in the namespaces of that one.
+type child struct {
+	cmd   *exec.Cmd
+	in    io.Writer
+	lines *bufio.Scanner
+}
+
+func newChild() (*child, error) {
+	fds, err := sys.Socketpair(sys.AF_UNIX, sys.SOCK_STREAM|sys.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := sys.Dup2(fds[0], 3); err != nil {
+		return nil, err
+	}
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Stderr = os.Stderr
+	cmd.ExtraFiles = []*os.File{os.NewFile(uintptr(fds[1]), "pair")}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	c := &child{cmd, in, bufio.NewScanner(out)}
+	_, err = c.line()
+	return c, err
+}
+
+func (c *child) tell(command string) (string, error) {
+	if _, err := fmt.Fprintln(c.in, command); err != nil {
+		return "", err
+	}
+	return c.line()
+}
+
+func (c *child) line() (string, error) {
+	if !c.lines.Scan() {
+		return "", fmt.Errorf("the child said nothing: %w", c.lines.Err())
+	}
+	return c.lines.Text(), nil
 }
 
 func (s *script) next() (string, error) {
@@ -198,9 +279,12 @@ type player struct {
 	lines *bufio.Scanner
 }
 
-func newPlayer(t *testing.T, exe string, end *os.File) *player {
+func newPlayer(t *testing.T, exe string, end *os.File, attr ...*syscall.SysProcAttr) *player {
 	t.Helper()
 	cmd := exec.Command(exe)
+	for _, a := range attr {
+		cmd.SysProcAttr = a
+	}
 	cmd.Env = []string{"ROLE=play", "GORACE=atexit_sleep_ms=0"} // else the race detector sleeps
 	cmd.Stderr = os.Stderr
 	if end != nil {
@@ -369,6 +453,44 @@ func TestExecBeforeAccept(t *testing.T) {
 			accomplice.do("nothing", "read")
 		})
 	}
+}
+
+// In a pid namespace that a user has made, a process may answer in the name of one
+// that has become the trusted program. What that runs counts for nothing then.
+func TestAnswerInTheNameOfAnother(t *testing.T) {
+	path, e := trusted(t)
+	log, text := newLog()
+	if err := os.Chmod(filepath.Dir(filepath.Dir(path)), 0o755); err != nil { // of all the test's folders
+		t.Fatal(err)
+	}
+	cfg := Config{Source: source(t, e, entry(t, "user", "unix:uid:12345")), Log: log}
+	ul, err := unixsocket.Listen(unixsocket.Config{Path: filepath.Join(t.TempDir(), "s"), Mode: 0o666})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 12345, Size: 1}}
+	p := newPlayer(t, "/proc/self/exe", nil, &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWPID, Credential: &syscall.Credential{}, UidMappings: ids, GidMappings: ids, GidMappingsEnableSetgroups: true})
+	p.do("ok", "child")
+	p.do("ok", "tell connect %s", ul.Addr())
+	p.do("ok", "tell send")
+	p.do("ok", "receive")
+	p.do("ready", "tell exec %s", path)
+	p.do("ok", "alias")
+	p.do("ok", "request FetchX509SVID")
+
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- newServer(cfg).Serve(ctx, ul) }()
+	defer func() { cancel(); <-done }()
+	p.do("ok", "answer")
+	p.tell("identities")
+	if !p.lines.Scan() {
+		t.Fatal(p.lines.Err())
+	}
+	if got := p.lines.Text(); got != "spiffe://example.org/user" {
+		t.Errorf("got %q", got)
+	}
+	eventually(t, "the reason in the log", func() bool { return strings.Contains(text.String(), "left out path and sha256") })
 }
 
 // A process becomes the trusted program while it is being attested, or its token is
