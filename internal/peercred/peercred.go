@@ -198,7 +198,10 @@ func (p *Peer) confirmUnchanged() error {
 	return nil
 }
 
-// refuse gives the connection up, if there is one, and returns why.
+// GiveUp closes the connection, if there is one, since the process has not done
+// what is asked of it. It returns why, or why it was given up before.
+func (p *Peer) GiveUp(why error) error { return p.refuse(why) }
+
 func (p *Peer) refuse(why error) error {
 	p.refuseOnce.Do(func() {
 		p.refusal = why

@@ -3,6 +3,7 @@ package workloadapi
 import (
 	"context"
 	"errors"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -10,6 +11,11 @@ import (
 	"github.com/spiffed/spiffed/internal/attest"
 	"github.com/spiffed/spiffed/internal/peercred"
 )
+
+// proofTime is how long a call waits for the client's answer on a new connection.
+// A client that is just starting, or has little of the processor, needs some time
+// to get to it; nothing but the caller's own share is held meanwhile.
+const proofTime = 5 * time.Second
 
 // attest finds out who calls. An error is fit to be the answer.
 func (s *Server) attest(ctx context.Context) (*attest.Process, error) {
@@ -22,7 +28,8 @@ func (s *Server) attest(ctx context.Context) (*attest.Process, error) {
 		s.refused("attestation did not succeed", p, err)
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
-	if err := s.waitTurn(ctx, p); err != nil {
+	a := connOf(ctx).user.account
+	if err := s.waitTurn(ctx, a); err != nil {
 		err := status.Error(codes.Unavailable, "too many processes of this user are being attested")
 		s.refused("refused a call", p, err)
 		return nil, err
@@ -37,7 +44,7 @@ func (s *Server) attest(ctx context.Context) (*attest.Process, error) {
 	// What an attestor asks may hang for good, such as a file system of the
 	// caller's own. Then this goroutine hangs, and counts, and nothing else.
 	go func() {
-		defer s.attestations.release(p.UID)
+		defer s.attestations.release(a)
 		c, err := attest.Attest(ctx, s.attestors, p, s.source.Wants)
 		done <- outcome{c, err}
 	}()
@@ -61,14 +68,20 @@ func (s *Server) closed(p *peercred.Peer, why error) {
 	}
 }
 
-func (s *Server) waitProof(ctx context.Context, p *peercred.Peer) error {
-	ctx, cancel := context.WithTimeout(ctx, s.limits.AttestationTimeout)
+// waitProof gives the connection up if the client does not answer. It is never
+// going to be served: whoever has it by now may not be able to answer.
+func (s *Server) waitProof(call context.Context, p *peercred.Peer) error {
+	ctx, cancel := context.WithTimeout(call, proofTime)
 	defer cancel()
-	return p.Proven(ctx)
+	err := p.Proven(ctx)
+	if err != nil && ctx.Err() != nil && call.Err() == nil {
+		return p.GiveUp(err)
+	}
+	return err
 }
 
-func (s *Server) waitTurn(ctx context.Context, p *peercred.Peer) error {
+func (s *Server) waitTurn(ctx context.Context, a account) error {
 	ctx, cancel := context.WithTimeout(ctx, attestQueueTime)
 	defer cancel()
-	return s.attestations.acquire(ctx, p.UID)
+	return s.attestations.acquire(ctx, a)
 }

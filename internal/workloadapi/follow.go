@@ -3,6 +3,7 @@ package workloadapi
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -40,16 +41,19 @@ func (e *endpoint) follow(stream grpc.ServerStream, messages *messages) error {
 		sent proto.Message
 
 		waited = false // since the caller was attested
+		retry  reattestation
 	)
 	for {
+		var later <-chan time.Time
 		update, changed, err := e.source.Current(c.Selectors)
 		if c.Outdated(e.source.Wants) {
 			// After Current, so that an entry seen there was seen here.
 			if again, err := e.attest(ctx); err == nil {
-				c = again
+				c, retry = again, reattestation{}
 				continue
 			}
 			waited = true // for that
+			later = retry.after()
 		}
 		switch {
 		case errors.Is(err, registry.ErrNotReady) && changed != nil:
@@ -85,6 +89,7 @@ func (e *endpoint) follow(stream grpc.ServerStream, messages *messages) error {
 		waited = true
 		select {
 		case <-changed:
+		case <-later:
 		case <-patience.C:
 			return errNotReady
 		case <-ended:
@@ -94,6 +99,17 @@ func (e *endpoint) follow(stream grpc.ServerStream, messages *messages) error {
 			return status.FromContextError(ctx.Err()).Err()
 		}
 	}
+}
+
+// reattestation says when to look again at a caller who could not be attested for
+// something that is newly wanted. Until then he keeps what he has.
+type reattestation struct{ pause time.Duration }
+
+// after fires after a second or two, and later each time, up to two minutes. It is
+// by chance when: what fails for one stream may fail for all of them at once.
+func (r *reattestation) after() <-chan time.Time {
+	r.pause = min(max(2*r.pause, time.Second), time.Minute)
+	return time.After(r.pause + rand.N(r.pause))
 }
 
 // stillEntitled looks again at who is about to be told something. Before a first

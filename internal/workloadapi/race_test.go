@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -19,6 +20,8 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -448,9 +451,10 @@ func TestExecBeforeAccept(t *testing.T) {
 				return
 			}
 			eventually(t, "the reason in the log", func() bool { return strings.Contains(text.String(), "has not answered the PING") })
-			evil.end()
-			cancel() // ends the connection
-			accomplice.do("nothing", "read")
+			accomplice.do("nothing", "read") // to the end, since it was closed
+			if !strings.Contains(text.String(), "closed a connection") {
+				t.Error("it was not closed for that")
+			}
 		})
 	}
 }
@@ -491,6 +495,49 @@ func TestAnswerInTheNameOfAnother(t *testing.T) {
 		t.Errorf("got %q", got)
 	}
 	eventually(t, "the reason in the log", func() bool { return strings.Contains(text.String(), "left out path and sha256") })
+}
+
+// A client has some time to answer, more than an attestation may take. Then its
+// connection is closed, but not when a call has not waited so long.
+func TestSlowAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ul, err := unixsocket.Listen(unixsocket.Config{Path: filepath.Join(t.TempDir(), "s")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ul.Close()
+		c, err := net.Dial("unix", ul.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		raw, err := ul.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var closed error
+		conn, info, err := peercred.NewTransportCredentials(func(_ *peercred.Peer, why error) { closed = why }).ServerHandshake(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		p := info.(peercred.AuthInfo).Peer
+		s := newServer(Config{})
+		hurry, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+		defer cancel()
+		began := time.Now()
+		if err := s.waitProof(hurry, p); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) != 4*time.Second || closed != nil {
+			t.Errorf("a call of 4 s: %v after %s, closed for %v", err, time.Since(began), closed)
+		}
+		began = time.Now()
+		err = s.waitProof(t.Context(), p)
+		if err == nil || !strings.Contains(err.Error(), "has not answered the PING") || time.Since(began) != 5*time.Second {
+			t.Errorf("got %v after %s", err, time.Since(began))
+		}
+		if _, werr := raw.Write([]byte("x")); !errors.Is(closed, err) || !errors.Is(werr, net.ErrClosed) {
+			t.Errorf("closed for %v; writing on it: %v", closed, werr)
+		}
+	})
 }
 
 // A process becomes the trusted program while it is being attested, or its token is

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -546,4 +547,55 @@ func TestLogIsNotFlooded(t *testing.T) {
 	if n := strings.Count(text.String(), "level=INFO"); n < refusalsAtATime || n > 300 {
 		t.Errorf("%d lines at Info", n)
 	}
+}
+
+// flaky fails as long as the second kind of selector is wanted, if it is told so.
+type flaky struct{ fails atomic.Int32 }
+
+func (*flaky) Name() string { return "x" }
+func (f *flaky) Attest(_ context.Context, _ *peercred.Peer, wants func(string) bool) (out []registry.Selector, err error) {
+	if wants("x:b") {
+		if f.fails.Add(-1) >= 0 {
+			return nil, errors.New("slow for once")
+		}
+		out = append(out, registry.Selector{Type: "x", Value: "b:1"})
+	}
+	if wants("x:a") {
+		out = append(out, registry.Selector{Type: "x", Value: "a:1"})
+	}
+	return out, nil
+}
+
+// An open stream gets what a new entry grants, though its caller could not be
+// attested for that at first.
+func TestAttestedAgainLater(t *testing.T) {
+	f := &flaky{}
+	src := source(t, entry(t, "a", "x:a:1"))
+	log, text := newLog()
+	socket, _ := serveWith(t, newServer(Config{Source: src, Attestors: []attest.Workload{f}, Log: log}))
+	stream, m, err := fetch(t, client(t, socket))
+	if err != nil || len(m.Svids) != 1 {
+		t.Fatalf("got %v, %v", m, err)
+	}
+	f.fails.Store(1)
+	src.Put(entry(t, "b", "x:b:1"))
+	if m, err = stream.Recv(); err != nil || len(m.Svids) != 2 {
+		t.Errorf("got %v, %v", m, err)
+	}
+	if !strings.Contains(text.String(), "slow for once") {
+		t.Error("it did not fail, so this test sees nothing")
+	}
+}
+
+func TestReattestation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var r reattestation
+		for _, pause := range []time.Duration{1, 2, 4, 8, 16, 32, 60, 60} {
+			began := time.Now()
+			<-r.after()
+			if d := time.Since(began); d < pause*time.Second || d >= 2*pause*time.Second {
+				t.Errorf("after %s, want %d s to twice that", d, pause)
+			}
+		}
+	})
 }
