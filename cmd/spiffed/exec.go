@@ -45,8 +45,10 @@ var reloadSignals = map[string]syscall.Signal{
 	"none": 0, "HUP": unix.SIGHUP, "USR1": unix.SIGUSR1, "USR2": unix.SIGUSR2, "WINCH": unix.SIGWINCH, "TERM": unix.SIGTERM,
 }
 
-// forwarded are the signals that go to the program.
-var forwarded = []os.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH}
+// forwarded are the signals that go to the program. ABRT is systemd's for a
+// service whose watchdog has run out: it is the program that hangs.
+var forwarded = []os.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGWINCH,
+	unix.SIGABRT, unix.SIGALRM, unix.SIGCONT}
 
 func newExecCommand(c *cli) *cobra.Command {
 	o := execOptions{timeout: duration(time.Minute)}
@@ -76,11 +78,13 @@ systemd unit. A program that reads the certificate and the key one after the oth
 can meet the step between them: it reads both again at the signal. The folder
 that the link DIR/..data leads to never changes.
 
-Signals go on to CMD, and its exit code is that of this command: 128 and the
-number of the signal, if one ended it. CMD is killed should this command be
-(unless CMD changes its user). CMD must not put itself in the background. In a
-systemd unit, KillMode=mixed lets it get TERM once, and NotifyAccess=all lets it
-say that it is ready.
+The signals HUP, INT, QUIT, TERM, USR1, USR2, WINCH, ABRT, ALRM and CONT go on to
+CMD, and its exit code is that of this command: 128 and the number of the signal,
+if one ended it. CMD is killed should this command be (unless CMD changes its
+user). CMD must not put itself in the background. In a systemd unit,
+KillMode=mixed lets it get TERM once, and NotifyAccess=all lets it say that it is
+ready. As the first process of a container, this command also reaps the processes
+that others leave behind.
 
 An agent that is away is waited for, without limit once CMD runs: the files are
 good until the SVID expires. Should the identity be taken away, --on-loss says
@@ -147,6 +151,16 @@ Exit codes besides those of CMD: 2 wrong use, 125 no identity or no files,
 
 // exec runs a program to its end. Its error has the program's exit code.
 func (c *cli) exec(ctx context.Context, o execOptions, args []string) (err error) {
+	// Who reads standard error may go before CMD does, and must not end it: Go
+	// dies of SIGPIPE there unless it is asked for. Ignored, CMD would inherit it.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
+	// Or stop reading: signals are passed on all the same.
+	messages := newMessages(c.stderr)
+	defer messages.flush()
+	program := c
+	c = new(*c)
+	c.stderr = messages
+
 	path, err := exec.LookPath(args[0])
 	if err != nil {
 		return cannotRun(args[0], err)
@@ -160,6 +174,7 @@ func (c *cli) exec(ctx context.Context, o execOptions, args []string) (err error
 		}
 	}
 	defer signal.Stop(signals)
+	tty := newTerminal()
 
 	stream, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
@@ -177,17 +192,17 @@ func (c *cli) exec(ctx context.Context, o execOptions, args []string) (err error
 			report(c.stderr, rerr)
 		}
 	}()
-	x, err := f.first(ctx, o)
+	x, err := f.first(ctx, o, signals, tty)
 	if err != nil {
 		return err
 	}
-	r := &running{follower: f, execOptions: o, dir: dir, name: args[0]}
+	r := &running{follower: f, execOptions: o, dir: dir, name: args[0], tty: tty}
 	if err := r.write(x); err != nil {
 		return err
 	}
 	cmd := exec.Command(path)
 	cmd.Args = args
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = c.stdin, c.stdout, c.stderr
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = program.stdin, program.stdout, program.stderr
 	cmd.Env = append(os.Environ(), append(dir.environ(), workloadapi.SocketEnv+"="+c.workloadSocket)...)
 	// The program stays in our process group, so the terminal is its as much as
 	// ours. Pdeathsig is of the thread that starts it: that thread must stay.
@@ -201,6 +216,10 @@ func (c *cli) exec(ctx context.Context, o execOptions, args []string) (err error
 		return cannotRun(args[0], err)
 	}
 	r.child = cmd.Process
+	if os.Getpid() == 1 {
+		stop := reapOrphans(r.child.Pid)
+		defer stop()
+	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	return r.run(signals, ended)
@@ -226,8 +245,12 @@ func cannotRun(name string, err error) error {
 	return exitError{code, err}
 }
 
-// first waits for the first SVIDs that hold the one that is wanted.
-func (f *follower) first(ctx context.Context, o execOptions) (*workloadapi.X509Context, error) {
+var errEndedEarly = errors.New("ended by a signal before there was an identity")
+
+// first waits for the first SVIDs that hold the one that is wanted. There is no
+// program yet that signals could go to: those that are for ending end the wait,
+// and the others are for nothing.
+func (f *follower) first(ctx context.Context, o execOptions, signals <-chan os.Signal, tty *terminal) (*workloadapi.X509Context, error) {
 	var timeout <-chan time.Time
 	if o.timeout != 0 {
 		timeout = time.After(time.Duration(o.timeout))
@@ -236,7 +259,11 @@ func (f *follower) first(ctx context.Context, o execOptions) (*workloadapi.X509C
 	for {
 		select {
 		case <-ctx.Done():
-			return nil, errors.New("ended by a signal before there was an identity")
+			return nil, errEndedEarly
+		case sig := <-signals:
+			if sig == unix.SIGQUIT || sig == unix.SIGABRT || sig == unix.SIGHUP && tty.hungUp() {
+				return nil, errEndedEarly
+			}
 		case <-timeout:
 			return nil, fmt.Errorf("no identity after %s: %w", &o.timeout, why)
 		case n := <-f.updates:
@@ -270,6 +297,7 @@ type running struct {
 	name  string // of the program, as it was called
 	dir   *svidDir
 	child *os.Process
+	tty   *terminal
 	svid  *x509svid.SVID // in the files
 	files svidFiles      // as they are in dir
 	lost  bool           // the identity has been taken away
@@ -323,7 +351,7 @@ func (r *running) run(signals <-chan os.Signal, ended <-chan error) error {
 		case err := <-ended:
 			return exitOf(err)
 		case sig := <-signals:
-			if !fromTerminal(sig) {
+			if !r.tty.sends(sig) {
 				r.child.Signal(sig) // an error is its end, which comes by ended
 			}
 		case <-expiry.C:
@@ -440,22 +468,6 @@ func survives(pid int, sig syscall.Signal) bool {
 		}
 	}
 	return false
-}
-
-// fromTerminal says whether sig is one that the kernel sends to all who are in
-// the foreground of a terminal, and thus to the program too: twice is once too
-// often, many programs do not end in order at the second.
-func fromTerminal(sig os.Signal) bool {
-	if sig != unix.SIGINT && sig != unix.SIGQUIT && sig != unix.SIGWINCH {
-		return false
-	}
-	tty, err := os.OpenFile("/dev/tty", os.O_RDONLY|unix.O_NOCTTY, 0)
-	if err != nil {
-		return false
-	}
-	defer tty.Close()
-	foreground, err := unix.IoctlGetInt(int(tty.Fd()), unix.TIOCGPGRP)
-	return err == nil && foreground == unix.Getpgrp()
 }
 
 // exitOf is the end of a program as our own.

@@ -222,7 +222,7 @@ func TestExecSignals(t *testing.T) {
 	l.set(l.ca.svid(t, "/web", ""))
 	p := startExec(t, l.socket, "--", "exec-program", "signals")
 	p.stdout.has(t, "^is ")
-	for _, sig := range []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGWINCH} {
+	for _, sig := range []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGWINCH, syscall.SIGABRT, syscall.SIGALRM, syscall.SIGCONT} {
 		p.signal(sig)
 		if line := p.stdout.has(t, "^got "); !strings.Contains(line, unix.SignalName(sig)) {
 			t.Errorf("%v came as %s", sig, line)
@@ -232,22 +232,7 @@ func TestExecSignals(t *testing.T) {
 	p.ends(t, 7)
 
 	// A terminal: Ctrl-C comes to the program once, from the kernel.
-	terminal, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer terminal.Close()
-	if err := unix.IoctlSetPointerInt(int(terminal.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-		t.Fatal(err)
-	}
-	n, err := unix.IoctlGetInt(int(terminal.Fd()), unix.TIOCGPTN)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tty, err := os.OpenFile("/dev/pts/"+strconv.Itoa(n), os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	terminal, tty := newPTY(t)
 	p = &execProcess{cmd: exec.Command("spiffed", "exec", "--socket", l.socket, "--", "exec-program", "signals"), ended: make(chan struct{})}
 	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = tty, &p.stdout, &p.stderr
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
@@ -265,6 +250,149 @@ func TestExecSignals(t *testing.T) {
 		}
 	}
 	p.signal(syscall.SIGTERM)
+	p.ends(t, 7)
+}
+
+// newPTY makes a terminal: the side of who types, and of who reads.
+func newPTY(t *testing.T) (terminal, tty *os.File) {
+	t.Helper()
+	terminal, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { terminal.Close() })
+	if err := unix.IoctlSetPointerInt(int(terminal.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(terminal.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tty, err = os.OpenFile("/dev/pts/"+strconv.Itoa(n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tty.Close() })
+	return terminal, tty
+}
+
+// TestExecHangUp: the kernel tells all in the foreground of a terminal that it has
+// hung up, so the program hears it once.
+func TestExecHangUp(t *testing.T) {
+	t.Parallel()
+	l := newLiveAPI(t)
+	l.set(l.ca.svid(t, "/web", ""))
+	terminal, tty := newPTY(t)
+	// The shell leads the session, and its end is what the others are told at.
+	p := &execProcess{cmd: exec.Command("sh", "-c", "spiffed exec --socket "+l.socket+" -- exec-program signals; true"), ended: make(chan struct{})}
+	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = tty, &p.stdout, &p.stderr
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	p.start(t)
+	pid, err := strconv.Atoi(strings.TrimSpace(strings.TrimPrefix(p.stdout.has(t, "^is "), "is ")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	parent, err := strconv.Atoi(strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Kill(parent, syscall.SIGTERM) })
+	tty.Close()
+	terminal.Close()
+	p.stdout.has(t, "^got SIGHUP")
+	syscall.Kill(parent, syscall.SIGUSR1) // after whatever else there was
+	for line := ""; line != "got SIGUSR1\n"; {
+		if line = p.stdout.has(t, "^got "); line != "got SIGCONT\n" && line != "got SIGUSR1\n" {
+			t.Fatalf("after one hang-up there is also %s", line)
+		}
+	}
+	// One that comes later is for something else.
+	time.Sleep(hangUp)
+	syscall.Kill(parent, syscall.SIGHUP)
+	p.stdout.has(t, "^got SIGHUP")
+}
+
+// TestExecNobodyReads: neither the end of who reads standard error nor one who does
+// not go on reading is the program's concern.
+func TestExecNobodyReads(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"gone", "stuck"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := newLiveAPI(t)
+			l.set(l.ca.svid(t, "/web", ""))
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			if name == "stuck" { // full from the beginning
+				if err := w.SetWriteDeadline(time.Now().Add(time.Second)); err != nil {
+					t.Fatal(err)
+				}
+				for err == nil {
+					_, err = w.Write(make([]byte, 4096))
+				}
+				if !errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Fatal(err)
+				}
+			}
+			base := memoryDir(t)
+			p := &execProcess{cmd: exec.Command("spiffed", "exec", "--socket", l.socket, "--verbose", "--", "exec-program", "tls"), ended: make(chan struct{})}
+			p.cmd.Stdout, p.cmd.Stderr = &p.stdout, w
+			p.cmd.Env = append(os.Environ(), "RUNTIME_DIRECTORY="+base)
+			p.start(t)
+			p.stdout.has(t, "^loaded ")
+			p.stdout.has(t, "^listens on ")
+			w.Close()
+			if name == "gone" {
+				r.Close()
+			}
+			for range maxMessages { // each is said before the program is told
+				l.set(l.ca.svid(t, "/web", ""))
+				p.stdout.has(t, "^loaded ")
+			}
+			p.signal(syscall.SIGTERM)
+			p.ends(t, 7)
+			leaves(t, base)
+		})
+	}
+}
+
+// TestExecEndedEarly: QUIT ends the wait for an identity, as it would end CMD.
+func TestExecEndedEarly(t *testing.T) {
+	t.Parallel()
+	l := newLiveAPI(t)
+	l.set()
+	p := startExec(t, l.socket, "--", "exec-program", "signals")
+	p.stderr.has(t, "waiting for an identity")
+	p.signal(syscall.SIGHUP) // there is nobody to reload anything
+	p.signal(syscall.SIGQUIT)
+	p.ends(t, exitNotRun)
+	p.stderr.has(t, "ended by a signal before there was an identity$")
+}
+
+// TestExecReaps: as the first process of a container, orphans are its children.
+func TestExecReaps(t *testing.T) {
+	t.Parallel()
+	l := newLiveAPI(t)
+	l.set(l.ca.svid(t, "/web", ""))
+	p := &execProcess{ended: make(chan struct{})}
+	p.cmd = exec.Command("unshare", "--pid", "--fork", "--mount-proc", "spiffed", "exec", "--socket", l.socket, "--", "sh", "-c",
+		`for i in 1 2 3; do
+			pid=$(sh -c 'sleep 0.1 >/dev/null & echo $!')
+			while [ -e /proc/$pid ]; do sleep 0.05; done
+		done
+		echo reaped; exit 7`)
+	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr
+	// It ignores TERM; the end of unshare must be that of all.
+	p.cmd.Args = append([]string{"unshare", "--kill-child"}, p.cmd.Args[1:]...)
+	p.start(t)
+	p.stdout.has(t, "^reaped")
 	p.ends(t, 7)
 }
 
