@@ -587,6 +587,25 @@ func TestAttestedAgainLater(t *testing.T) {
 	}
 }
 
+// The same for the stream of WIT-SVIDs, whose loop is another.
+func TestAttestedAgainLaterWIT(t *testing.T) {
+	f := &flaky{}
+	src := source(t, entry(t, "a", "x:a:1"))
+	socket, _ := serve(t, Config{Source: src, WIT: src, Attestors: []attest.Workload{f}})
+	stream, m, err := fetchWIT(t, client(t, socket), "")
+	if err != nil || len(m.Svids) != 1 {
+		t.Fatalf("got %v, %v", m, err)
+	}
+	f.fails.Store(1)
+	src.Put(entry(t, "b", "x:b:1"))
+	if m, err = stream.Recv(); err != nil || len(m.Svids) != 2 {
+		t.Errorf("got %v, %v", m, err)
+	}
+	if f.fails.Load() >= 0 {
+		t.Error("it did not fail, so this test sees nothing")
+	}
+}
+
 func TestReattestation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r reattestation

@@ -77,15 +77,20 @@ func (e *endpoint) followWIT(stream grpc.ServerStream, id spiffeid.ID) error {
 	ended := c.Done()
 	patience := time.NewTimer(signingTimeout)
 	defer patience.Stop()
-	var sent proto.Message
+	var (
+		sent  proto.Message
+		retry reattestation
+	)
 	for {
+		var later <-chan time.Time
 		svids, changed, err := e.wit.WITSVIDs(c.Selectors, id)
 		if c.Outdated(e.source.Wants) {
 			// After WITSVIDs, so that an entry seen there was seen here.
 			if again, err := e.attest(ctx); err == nil {
-				c = again
+				c, retry = again, reattestation{}
 				continue
 			}
+			later = retry.after()
 		}
 		switch {
 		case errors.Is(err, registry.ErrNotReady) && changed != nil:
@@ -123,6 +128,7 @@ func (e *endpoint) followWIT(stream grpc.ServerStream, id spiffeid.ID) error {
 		}
 		select {
 		case <-changed:
+		case <-later:
 		case <-patience.C:
 			return errNotReady
 		case <-ended:
