@@ -88,7 +88,7 @@ func (h *host) probe(ctx context.Context, timeout time.Duration) error {
 		errs = append(errs, probeSocket(ctx, &endpoint{network: "unix", address: h.cfg.Server.AdminSocket, role: "server"}, ""))
 	}
 	if h.agent != nil {
-		// As this process's own user, so within what is kept for the privileged.
+		// From this process, so within what is kept for it alone.
 		errs = append(errs, probeSocket(ctx, &endpoint{network: "unix", address: h.cfg.Agent.WorkloadSocket, role: "agent"}, "live"))
 	}
 	for _, role := range h.roles() {

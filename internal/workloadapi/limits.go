@@ -18,8 +18,9 @@ type Limits struct {
 	JWTSigningsPerSecond int // 50; twice as many at once
 
 	// Of all users together. A sixteenth is kept for the privileged: root and
-	// the user of this process, whose own limits are the totals, and sixteen times
-	// as much a second as others have.
+	// the user of this process, in its pid namespace, whose own limits are the
+	// totals, and sixteen times as much a second as others have. Of that, some is
+	// kept for this process alone.
 	TotalConnections  int // 8192
 	TotalStreams      int // 16384
 	TotalAttestations int // 256
@@ -86,16 +87,22 @@ func (l Limits) fit(files, memory int64) Limits {
 	return l
 }
 
+// split says what each rank and those below it may hold of a total.
+func split(total int) (most [ranks]int) {
+	most[itself] = total
+	most[privileged] = max(total-max(total/128, 1), 1)
+	most[ordinary] = max(min(total-total/reserved, most[privileged]), 1)
+	return most
+}
+
 // turns lets a number of each user's processes be attested at a time, and a
 // number of all; the others wait.
 type turns struct {
-	perUser    int
-	privileged func(uid uint32) bool
-	all        chan struct{} // holds one for each that goes on
-	others     chan struct{} // the same without the privileged, who have their reserve so
+	perUser int
+	going   [ranks]chan struct{} // holds one for each of the rank and those below it that goes on
 
 	mu    sync.Mutex // guards users
-	users map[uint32]*turn
+	users map[account]*turn
 }
 
 type turn struct {
@@ -103,32 +110,30 @@ type turn struct {
 	known int           // that go on or wait
 }
 
-func newTurns(perUser, total int, privileged func(uid uint32) bool) *turns {
-	return &turns{
-		perUser:    perUser,
-		privileged: privileged,
-		all:        make(chan struct{}, total),
-		others:     make(chan struct{}, max(total-total/reserved, 1)),
-		users:      map[uint32]*turn{},
+func newTurns(perUser, total int) *turns {
+	t := &turns{perUser: perUser, users: map[account]*turn{}}
+	for r, most := range split(total) {
+		t.going[r] = make(chan struct{}, most)
 	}
+	return t
 }
 
 // acquire waits for a turn, which release ends.
-func (t *turns) acquire(ctx context.Context, uid uint32) error {
+func (t *turns) acquire(ctx context.Context, a account) error {
 	t.mu.Lock()
-	u := t.users[uid]
+	u := t.users[a]
 	if u == nil {
 		limit := t.perUser
-		if t.privileged(uid) {
-			limit = cap(t.all)
+		if a.rank != ordinary {
+			limit = cap(t.going[a.rank])
 		}
 		u = &turn{going: make(chan struct{}, limit)}
-		t.users[uid] = u
+		t.users[a] = u
 	}
 	u.known++
 	t.mu.Unlock()
 	var taken []chan struct{}
-	for _, turns := range t.queues(u, uid) {
+	for _, turns := range t.queues(u, a) {
 		select {
 		case turns <- struct{}{}:
 			taken = append(taken, turns)
@@ -142,7 +147,7 @@ func (t *turns) acquire(ctx context.Context, uid uint32) error {
 			for _, turns := range taken {
 				<-turns
 			}
-			t.forget(uid)
+			t.forget(a)
 			return ctx.Err()
 		}
 	}
@@ -151,28 +156,25 @@ func (t *turns) acquire(ctx context.Context, uid uint32) error {
 
 // queues are what a caller takes a turn in, its own user's first: those who wait
 // there hold nothing that others wait for.
-func (t *turns) queues(u *turn, uid uint32) []chan struct{} {
-	if t.privileged(uid) {
-		return []chan struct{}{u.going, t.all}
-	}
-	return []chan struct{}{u.going, t.others, t.all}
+func (t *turns) queues(u *turn, a account) []chan struct{} {
+	return append([]chan struct{}{u.going}, t.going[a.rank:]...)
 }
 
-func (t *turns) release(uid uint32) {
+func (t *turns) release(a account) {
 	t.mu.Lock()
-	u := t.users[uid]
+	u := t.users[a]
 	t.mu.Unlock()
-	for _, turns := range t.queues(u, uid) {
+	for _, turns := range t.queues(u, a) {
 		<-turns
 	}
-	t.forget(uid)
+	t.forget(a)
 }
 
-func (t *turns) forget(uid uint32) {
+func (t *turns) forget(a account) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	u := t.users[uid]
+	u := t.users[a]
 	if u.known--; u.known == 0 {
-		delete(t.users, uid)
+		delete(t.users, a)
 	}
 }

@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,6 +21,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/reflection/grpc_reflection_v1"
 
 	"github.com/spiffed/spiffed/internal/peercred"
@@ -60,14 +64,15 @@ func TestFit(t *testing.T) {
 func TestShares(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		us := newUsers(Limits{Connections: 20, Streams: 20, TotalConnections: 32, TotalStreams: 32}.withDefaults())
-		conns := map[uint32][]*user{}
-		connect := func(uid uint32) error {
-			u, err := us.connect(uid)
+		conns := map[account][]*user{}
+		connect := func(a account) error {
+			u, err := us.connect(a)
 			if err == nil {
-				conns[uid] = append(conns[uid], u)
+				conns[a] = append(conns[a], u)
 			}
 			return err
 		}
+		a7, a8, a9, root, self := account{uid: 7}, account{uid: 8}, account{uid: 9}, account{0, privileged}, account{0, itself}
 		want := func(err error, text string) {
 			t.Helper()
 			if text == "" && err != nil || text != "" && (err == nil || !strings.Contains(err.Error(), text)) {
@@ -75,48 +80,61 @@ func TestShares(t *testing.T) {
 			}
 		}
 		for range 20 {
-			want(connect(7), "")
+			want(connect(a7), "")
 		}
-		want(connect(7), "the processes of uid 7 hold 20 connections")
-		for range 10 {
-			want(connect(8), "")
+		want(connect(a7), "the processes of uid 7 hold 20 connections, which is the limit")
+		// Of what is left nobody may have more than he leaves.
+		for range 5 {
+			want(connect(a8), "")
 		}
-		want(connect(8), "the processes of all users hold 30 connections")
-		want(connect(0), "")
-		want(connect(0), "")
-		want(connect(0), "the processes of all users hold 32 connections")
+		want(connect(a8), "the processes of uid 8 hold 5 connections, and not many more are left")
+		for range 3 {
+			want(connect(a9), "")
+		}
+		want(connect(a9), "the processes of uid 9 hold 3 connections, and not many more are left")
+		want(connect(account{uid: 10}), "")
+		want(connect(account{uid: 11}), "")
+		want(connect(account{uid: 12}), "the processes of all users hold 30 connections")
+		want(connect(root), "")
+		want(connect(root), "the processes of all users hold 31 connections")
+		want(connect(self), "")
+		want(connect(self), "the processes of all users hold 32 connections")
 
-		seven, eight, root := conns[7][0], conns[8][0], conns[0][0]
-		for range 20 {
+		seven, eight, nine, zero, own := conns[a7][0], conns[a8][0], conns[a9][0], conns[root][0], conns[self][0]
+		for range 14 {
 			want(seven.begin(false), "")
 		}
-		want(seven.begin(false), "the processes of uid 7 hold 20 calls")
 		for range reflectionsPerUser {
 			want(eight.begin(true), "")
 		}
 		want(eight.begin(true), "calls for reflection")
-		want(eight.begin(false), "")
-		want(eight.begin(false), "")
-		want(eight.begin(false), "the processes of all users hold 30 calls")
-		want(root.begin(false), "")
-		want(root.begin(false), "")
-		want(root.begin(false), "the processes of all users hold 32 calls")
+		for range 4 {
+			want(nine.begin(false), "")
+		}
+		want(nine.begin(false), "the processes of uid 9 hold 4 calls, and not many more are left")
+		for range 5 {
+			want(zero.begin(false), "")
+		}
+		want(zero.begin(false), "the processes of all users hold 31 calls")
+		want(own.begin(false), "")
+		want(own.begin(false), "the processes of all users hold 32 calls")
 
-		for uid, all := range conns {
+		for _, all := range conns {
 			for _, u := range all {
 				u.disconnect()
 			}
-			delete(conns, uid)
 		}
-		seven.end(20, 0)
-		eight.end(10, reflectionsPerUser)
-		root.end(2, 0)
-		if c, n := us.held(); c != 0 || n != 0 || us.connections.others != 0 || us.calls.others != 0 {
-			t.Errorf("%d connections and %d calls are left", c, n)
+		seven.end(14, 0)
+		eight.end(8, reflectionsPerUser)
+		nine.end(4, 0)
+		zero.end(5, 0)
+		own.end(1, 0)
+		if us.connections != (count{}) || us.calls != (count{}) {
+			t.Errorf("%d connections and %d calls are left", us.connections, us.calls)
 		}
 		// They are forgotten in time.
 		time.Sleep(idleUser + time.Second)
-		want(connect(9), "")
+		want(connect(account{uid: 13}), "")
 		if len(us.known) != 1 {
 			t.Errorf("%d users are known", len(us.known))
 		}
@@ -126,9 +144,10 @@ func TestShares(t *testing.T) {
 func TestRates(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		us := newUsers(Limits{CallsPerSecond: 10}.withDefaults())
-		opened := func(uid uint32) (n int) {
+		seven := account{uid: 7}
+		opened := func(a account) (n int) {
 			for {
-				u, err := us.connect(uid)
+				u, err := us.connect(a)
 				if err != nil {
 					if !strings.Contains(err.Error(), "faster than the limit") {
 						t.Error(err)
@@ -139,20 +158,22 @@ func TestRates(t *testing.T) {
 				u.disconnect()
 			}
 		}
-		if n := opened(7); n != 20 {
+		if n := opened(seven); n != 20 {
 			t.Errorf("%d connections at once", n)
 		}
-		if n := opened(8); n != 20 { // another's rate is his own
+		if n := opened(account{uid: 8}); n != 20 { // another's rate is his own
 			t.Errorf("%d connections at once", n)
 		}
-		if n := opened(0); n != 20*reserved {
-			t.Errorf("%d connections of root at once", n)
+		for _, a := range []account{{0, privileged}, {0, itself}} {
+			if n := opened(a); n != 20*reserved {
+				t.Errorf("%d connections of %v at once", n, a)
+			}
 		}
 		time.Sleep(time.Second)
-		if n := opened(7); n != 10 {
+		if n := opened(seven); n != 10 {
 			t.Errorf("%d connections after a second", n)
 		}
-		u := us.known[7]
+		u := us.known[seven]
 		for i := range 20 {
 			if err := u.begin(false); err != nil {
 				t.Fatalf("call %d: %v", i, err)
@@ -168,18 +189,160 @@ func TestRates(t *testing.T) {
 
 		// Units are paid for by waiting, and not at all if it would be too long.
 		rate := unitsPerSecond(us.limits)
-		if wait, _ := u.charge(2 * rate); wait != 0 {
+		if wait, _, _ := u.charge(2 * rate); wait != 0 {
 			t.Errorf("the first waits for %s", wait)
 		}
-		wait, giveBack := u.charge(rate)
+		wait, giveBack, _ := u.charge(rate)
 		if wait != time.Second {
 			t.Errorf("waits for %s", wait)
 		}
 		giveBack()
-		if wait, _ := u.charge(rate / 2); wait > 600*time.Millisecond {
+		if wait, _, _ := u.charge(rate / 2); wait > 600*time.Millisecond {
 			t.Errorf("what was given back is lost: waits for %s", wait)
 		}
 	})
+}
+
+// Nobody's flood is paid for by all when it is refused anyway, and many uids
+// together do not make those wait who send little.
+func TestManyUsers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		us := newUsers(Limits{CallsPerSecond: 160, MessageSize: 1}.withDefaults())
+		rate := unitsPerSecond(us.limits)
+		user := func(uid uint32) *user {
+			u, err := us.connect(account{uid: uid})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return u
+		}
+		seven := user(7)
+		for range 4 { // what may be sent at once, and in two seconds
+			if _, _, ok := seven.charge(rate); !ok {
+				t.Fatal("dropped too early")
+			}
+		}
+		before := us.units.Tokens()
+		for range 100 {
+			if _, _, ok := seven.charge(rate); ok {
+				t.Fatal("not dropped")
+			}
+		}
+		if got := us.units.Tokens(); got != before {
+			t.Errorf("what was dropped took %.0f of all", before-got)
+		}
+		for uid := range uint32(100) {
+			u := user(100000 + uid)
+			u.charge(rate)
+			u.charge(rate)
+		}
+		if behind := -us.units.Tokens() / float64(us.units.Limit()); behind < 1.5 {
+			t.Fatalf("all are only %.1f s behind", behind)
+		}
+		honest := user(8)
+		for range 10 {
+			if wait, _, ok := honest.charge(10); wait > 0 || !ok {
+				t.Errorf("who sends little waits for %s, %t", wait, ok)
+			}
+		}
+		if wait, _, ok := honest.charge(rate); wait == 0 && ok {
+			t.Error("who sends much does not wait")
+		}
+
+		// The same for connections.
+		for us.opens.Allow() {
+		}
+		for i := range 2 * us.limits.CallsPerSecond / sureShare {
+			if _, err := us.connect(account{uid: 9}); err != nil {
+				t.Fatalf("connection %d: %v", i, err)
+			}
+		}
+		if _, err := us.connect(account{uid: 9}); err == nil {
+			t.Error("no limit for all users together")
+		}
+	})
+}
+
+// Root elsewhere is not root here, and nobody but this process is this process.
+func TestAccounts(t *testing.T) {
+	us := newUsers(Limits{}.withDefaults())
+	pid := func(cmd *exec.Cmd) int32 {
+		in, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { in.Close(); cmd.Process.Kill(); cmd.Wait() })
+		in.Write([]byte("x"))
+		if _, err := out.Read(make([]byte, 1)); err != nil { // it runs
+			t.Fatal(err)
+		}
+		return int32(cmd.Process.Pid)
+	}
+	here := pid(exec.Command("cat"))
+	contained := exec.Command("cat")
+	contained.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}
+	elsewhere := pid(contained)
+	for _, tt := range []struct {
+		pid  int32
+		uid  uint32
+		want account
+	}{
+		{int32(os.Getpid()), 0, account{0, itself}},
+		{here, 0, account{0, privileged}},
+		{here, 7, account{uid: 7}},
+		{elsewhere, 0, account{uid: 0}},
+		{0, 0, account{uid: 0}},
+		{-1, 0, account{uid: 0}},
+	} {
+		if got := us.accountOf(&unix.Ucred{Pid: tt.pid, Uid: tt.uid}); got != tt.want {
+			t.Errorf("pid %d, uid %d: %v, want %v", tt.pid, tt.uid, got, tt.want)
+		}
+	}
+}
+
+// Whatever root's processes hold, this process finds its own endpoint alive.
+func TestRootDoesNotStarveProbe(t *testing.T) {
+	s := newServer(Config{Source: source(t), Limits: Limits{Connections: 16, TotalConnections: 64}})
+	socket, _ := serveWith(t, s)
+	startFlood(t, socket, strings.Repeat("silent,", 7)+"silent", 0)
+	eventually(t, "root holds all it can", func() bool {
+		s.users.mu.Lock()
+		defer s.users.mu.Unlock()
+		return s.users.connections[privileged] == s.users.mostConns[privileged]
+	})
+	ctx, cancel := context.WithTimeout(header(t.Context()), 20*time.Second)
+	defer cancel()
+	if _, err := grpc_health_v1.NewHealthClient(dial(t, socket)).Check(ctx, &grpc_health_v1.HealthCheckRequest{Service: liveService}); err != nil {
+		t.Error(err)
+	}
+}
+
+// The same for attestations.
+func TestRootDoesNotStarveAttestation(t *testing.T) {
+	turns := newTurns(2, 16)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	root := account{0, privileged}
+	for range 15 {
+		if err := turns.acquire(ctx, root); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := turns.acquire(ctx, account{0, itself}); err != nil {
+		t.Error(err)
+	}
+	over, cancel := context.WithCancel(ctx)
+	cancel()
+	if err := turns.acquire(over, root); err == nil {
+		t.Error("root takes the last turn")
+	}
 }
 
 func TestOneLineASecond(t *testing.T) {
@@ -187,7 +350,7 @@ func TestOneLineASecond(t *testing.T) {
 		log, text := newLog()
 		s := newServer(Config{Source: source(t), Log: log})
 		refuse := func(uid uint32) {
-			u, err := s.users.connect(uid)
+			u, err := s.users.connect(account{uid: uid})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -121,7 +121,7 @@ func (l *listener) admit(listening int) (net.Conn, error) {
 			l.s.refused("refused a connection", nil, fmt.Errorf("reading peer credentials: %w", err))
 			continue
 		}
-		u, err := l.s.users.connect(cred.Uid)
+		u, err := l.s.users.connect(l.s.users.accountOf(cred))
 		if err != nil {
 			unix.Close(fd)
 			l.s.overLimit("refused a connection", u, cred.Pid, err)

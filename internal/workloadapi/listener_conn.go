@@ -57,14 +57,12 @@ func (c *conn) Read(b []byte) (int, error) {
 	if n == 0 {
 		return n, err
 	}
-	wait, giveBack := c.user.charge(c.frames.units(b[:n]))
+	wait, giveBack, ok := c.user.charge(c.frames.units(b[:n]))
 	switch {
-	case wait <= 0:
-	case wait > mostBehind:
-		giveBack()
+	case !ok:
 		c.drop("its user's processes send more than they may")
 		return 0, io.ErrUnexpectedEOF
-	default:
+	case wait > 0:
 		t := time.NewTimer(wait)
 		defer t.Stop()
 		select {

@@ -115,14 +115,14 @@ func wantCode(t testing.TB, err error, code codes.Code, text string) {
 // processes of a user come back at once after a restart.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		turns := newTurns(2, 16, func(uint32) bool { return false })
+		turns := newTurns(2, 16)
 		var wg sync.WaitGroup
 		var mu sync.Mutex
 		going, most, done := 0, 0, 0
 		for i := range 100 {
 			wg.Go(func() {
-				uid := uint32(i % 2)
-				if err := turns.acquire(t.Context(), uid); err != nil {
+				a := account{uid: uint32(i % 2)}
+				if err := turns.acquire(t.Context(), a); err != nil {
 					t.Error(err)
 					return
 				}
@@ -135,22 +135,23 @@ func TestTurns(t *testing.T) {
 				going--
 				done++
 				mu.Unlock()
-				turns.release(uid)
+				turns.release(a)
 			})
 		}
 		wg.Wait()
-		if done != 100 || most != 4 || len(turns.users)+len(turns.all)+len(turns.others) != 0 {
+		if done != 100 || most != 4 || len(turns.users)+len(turns.going[ordinary])+len(turns.going[itself]) != 0 {
 			t.Errorf("%d done, at most %d at a time, %d users are left", done, most, len(turns.users))
 		}
-		turns.acquire(t.Context(), 1)
-		turns.acquire(t.Context(), 1)
+		one := account{uid: 1}
+		turns.acquire(t.Context(), one)
+		turns.acquire(t.Context(), one)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if err := turns.acquire(ctx, 1); !errors.Is(err, context.DeadlineExceeded) {
+		if err := turns.acquire(ctx, one); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("got %v", err)
 		}
-		turns.release(1)
-		turns.release(1)
+		turns.release(one)
+		turns.release(one)
 		if len(turns.users) != 0 {
 			t.Error("a user is left")
 		}

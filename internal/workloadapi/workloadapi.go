@@ -121,7 +121,7 @@ func New(cfg Config) *Server {
 		limits:       limits,
 		patience:     defaultPatience,
 		users:        users,
-		attestations: newTurns(limits.Attestations, limits.TotalAttestations, users.isPrivileged),
+		attestations: newTurns(limits.Attestations, limits.TotalAttestations),
 	}
 }
 
