@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -56,9 +57,11 @@ var svidFileNames = []string{"svid.pem", "key.pem", "bundle.pem", "svid-and-key.
 // svidDir is a private folder with an SVID in files, which change all at once:
 // each generation is a folder of its own that is never written to again, and a
 // link leads to the current one. The one before stays until the next, for whoever
-// has just opened it. Not safe for several goroutines.
+// has just opened it. All that is done in it is done by its descriptor, wherever
+// the path leads meanwhile. Not safe for several goroutines.
 type svidDir struct {
 	path  string   // absolute
+	root  *os.Root // the folder, nil until it is locked
 	fresh bool     // nobody named it: it goes at the end with all that is in it
 	made  bool     // by us, so it goes at the end if it is empty then
 	lock  *os.File // the folder; while it is locked, it is somebody's
@@ -94,7 +97,9 @@ func newSVIDDir(named string) (*svidDir, error) {
 }
 
 // memoryBase is the first folder for things of the running system that is in
-// memory: a key must not be found on a disk later.
+// memory: a key must not be found on a disk later. Root by su or sudo -E may still
+// have the folder of another user's session in its environment, who could put
+// forged roots in the place of ours: that one is passed over.
 func memoryBase() (string, error) {
 	runtime, _, _ := strings.Cut(os.Getenv("RUNTIME_DIRECTORY"), ":")
 	for _, dir := range []string{runtime, os.Getenv("XDG_RUNTIME_DIR"), "/dev/shm"} {
@@ -102,12 +107,42 @@ func memoryBase() (string, error) {
 		if !filepath.IsAbs(dir) || unix.Statfs(dir, &fsys) != nil || fsys.Type != unix.TMPFS_MAGIC && fsys.Type != unix.RAMFS_MAGIC {
 			continue
 		}
-		if unix.Access(dir, unix.W_OK|unix.X_OK) == nil {
+		if unix.Access(dir, unix.W_OK|unix.X_OK) == nil && checkHolder(dir) == nil {
 			return dir, nil
 		}
 	}
-	return "", withHint(errors.New("there is no folder in memory for the key: none of $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR and /dev/shm is a writable tmpfs"),
+	return "", withHint(errors.New("there is no folder in memory for the key: none of $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR and /dev/shm is a writable tmpfs that no other user can change"),
 		"in a systemd unit: RuntimeDirectory=NAME\nor say a folder with --dir; on a disk, the key is there until the program ends, and after a power cut")
+}
+
+// checkHolder returns an error if anybody but the calling user and root could move
+// what the user makes in the folder dir, and put something else in its place.
+func checkHolder(dir string) error {
+	real, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return err
+	}
+	// Both what holds the folder and what holds the links that lead to it.
+	for _, dir := range []string{dir, real} {
+		for {
+			info, err := os.Stat(dir)
+			if err != nil {
+				return err
+			}
+			st, ok := info.Sys().(*syscall.Stat_t)
+			switch {
+			case !ok || int(st.Uid) != os.Geteuid() && st.Uid != 0:
+				return fmt.Errorf("it is below %q, which belongs to another user, who could put forged files in its place", dir)
+			case info.Mode().Perm()&0o022 != 0 && info.Mode()&fs.ModeSticky == 0:
+				return fmt.Errorf("it is below %q, which others may write to (mode %04o), and who could put forged files in its place", dir, info.Mode().Perm())
+			}
+			if dir == "/" {
+				break
+			}
+			dir = filepath.Dir(dir)
+		}
+	}
+	return nil
 }
 
 // sweep removes the fresh folders of processes that were killed, and with them
@@ -119,10 +154,9 @@ func sweep(base string) {
 		if err != nil || !info.IsDir() || !ours(info) {
 			continue
 		}
-		old := &svidDir{path: path}
+		old := &svidDir{path: path, fresh: true}
 		if old.takeLock() == nil {
-			_ = os.RemoveAll(path)
-			old.lock.Close()
+			_ = old.remove()
 		}
 	}
 }
@@ -140,6 +174,10 @@ func takeSVIDDir(named string) (*svidDir, error) {
 	if err != nil {
 		return nil, fmt.Errorf("taking %q for the SVID: %w", named, err)
 	}
+	// Not for a folder that is not there: that is said below.
+	if err := checkHolder(filepath.Dir(path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("taking %q for the SVID: %w", path, err)
+	}
 	d := &svidDir{path: path}
 	switch err := os.Mkdir(path, 0o700); {
 	case err == nil:
@@ -156,7 +194,7 @@ func takeSVIDDir(named string) (*svidDir, error) {
 		return nil, fmt.Errorf("taking %q for the SVID: %w", path, err)
 	}
 	refuse := func(format string, args ...any) (*svidDir, error) {
-		d.lock.Close()
+		d.close()
 		return nil, fmt.Errorf("taking %q for the SVID: %s", path, fmt.Sprintf(format, args...))
 	}
 	info, err := d.lock.Stat()
@@ -168,7 +206,7 @@ func takeSVIDDir(named string) (*svidDir, error) {
 	case info.Mode().Perm()&0o022 != 0:
 		return refuse("others may write to it (mode %04o)", info.Mode().Perm())
 	}
-	entries, err := os.ReadDir(path)
+	entries, err := d.entries()
 	if err != nil {
 		return refuse("%v", err)
 	}
@@ -201,47 +239,83 @@ func (d *svidDir) takeLock() error {
 		f.Close()
 		return err
 	}
-	d.lock = f
+	root, err := os.OpenRoot(d.path)
+	if err != nil {
+		f.Close()
+		return err
+	}
+	d.lock, d.root = f, root
+	if !d.isAt(".") {
+		d.close()
+		return errReplaced
+	}
 	return nil
 }
 
+var errReplaced = errors.New("another file has been put in the place of the folder")
+
+func (d *svidDir) close() {
+	if d.lock != nil {
+		d.lock.Close()
+		d.root.Close()
+	}
+}
+
+// isAt says whether the locked folder is what path leads to, from the folder itself
+// if it is relative.
+func (d *svidDir) isAt(path string) bool {
+	stat := os.Lstat
+	if !filepath.IsAbs(path) {
+		stat = d.root.Lstat
+	}
+	there, err := stat(path)
+	locked, lerr := d.lock.Stat()
+	return err == nil && lerr == nil && os.SameFile(there, locked)
+}
+
+// entries are all that is in the folder.
+func (d *svidDir) entries() ([]fs.DirEntry, error) { return fs.ReadDir(d.root.FS(), ".") }
+
 // write makes files the current ones. On an error the old ones still are.
 func (d *svidDir) write(files svidFiles) (err error) {
-	dir, err := os.MkdirTemp(d.path, generationPrefix) // mode 0700
-	if err != nil {
+	if !d.isAt(d.path) {
+		return fmt.Errorf("writing the SVID to %q: %w", d.path, errReplaced)
+	}
+	dir := generationPrefix + rand.Text()
+	if err := d.root.Mkdir(dir, 0o700); err != nil {
 		return fmt.Errorf("writing the SVID: %w", err)
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("writing the SVID: %w", err), os.RemoveAll(dir))
+			err = errors.Join(fmt.Errorf("writing the SVID: %w", err), d.root.RemoveAll(dir))
 		}
 	}()
 	for name, data := range map[string][]byte{
 		"svid.pem": files.svid, "key.pem": files.key, "bundle.pem": files.bundle, "svid-and-key.pem": slices.Concat(files.svid, files.key),
 	} {
 		// The folder is closed to others, whatever the mode of what is in it.
-		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+		if err := d.root.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
 			return err
 		}
 	}
 	if d.newer == "" {
 		for _, name := range svidFileNames {
-			if err := os.Symlink(filepath.Join(currentLink, name), filepath.Join(d.path, name)); err != nil {
+			if err := d.root.Symlink(filepath.Join(currentLink, name), name); err != nil {
 				return err
 			}
 		}
 	}
-	next := filepath.Join(d.path, currentLink+".next")
-	if err := os.Symlink(filepath.Base(dir), next); err != nil {
+	next := currentLink + ".next"
+	if err := d.root.Symlink(dir, next); err != nil {
 		return err
 	}
-	if err := os.Rename(next, filepath.Join(d.path, currentLink)); err != nil {
-		return errors.Join(err, os.Remove(next))
+	if err := d.root.Rename(next, currentLink); err != nil {
+		return errors.Join(err, d.root.Remove(next))
 	}
 	old := d.older
-	d.older, d.newer = d.newer, filepath.Base(dir)
+	d.older, d.newer = d.newer, dir
 	if old != "" {
-		_ = os.RemoveAll(filepath.Join(d.path, old)) // or at the end
+		_ = d.root.RemoveAll(old) // or at the end
 	}
 	return nil
 }
@@ -256,15 +330,15 @@ func (d *svidDir) environ() []string {
 	}
 }
 
-// clear removes what is ours from the folder.
+// clear removes what is ours from the folder: all of a fresh one.
 func (d *svidDir) clear() error {
-	entries, err := os.ReadDir(d.path)
+	entries, err := d.entries()
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		if d.owns(e) {
-			err = errors.Join(err, os.RemoveAll(filepath.Join(d.path, e.Name())))
+		if d.fresh || d.owns(e) {
+			err = errors.Join(err, d.root.RemoveAll(e.Name()))
 		}
 	}
 	return err
@@ -272,17 +346,17 @@ func (d *svidDir) clear() error {
 
 // remove removes the files and, if we made it, the folder.
 func (d *svidDir) remove() error {
+	defer d.close()
 	var err error
-	if d.fresh {
-		err = os.RemoveAll(d.path)
-	} else if err = d.clear(); err == nil && d.made {
-		// What a program put there itself is not ours to remove.
-		if err = os.Remove(d.path); errors.Is(err, unix.ENOTEMPTY) {
-			err = nil
-		}
+	if d.root != nil {
+		err = d.clear()
 	}
-	if d.lock != nil {
-		d.lock.Close()
+	if err == nil && (d.fresh || d.made) {
+		if d.root != nil && !d.isAt(d.path) {
+			err = errors.Join(errReplaced, errors.New("its files are removed, but not the folder itself"))
+		} else if err = os.Remove(d.path); !d.fresh && errors.Is(err, unix.ENOTEMPTY) {
+			err = nil // what a program put there itself is not ours to remove
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("removing the SVID from %q: %w", d.path, err)
