@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,8 +19,9 @@ import (
 
 const (
 	maxHashes     = 1024
-	hashesAtATime = 2
+	hashesAtATime = 2 // of different users
 	jobsPerUser   = 4
+	maxHanging    = 128 // each holds a thread
 )
 
 // errBusy says that a user keeps too many hashes going at once.
@@ -33,13 +35,19 @@ type hashes struct {
 	// A file that changed within this time may change again in the same tick
 	// of its time stamps, so its hash is not remembered.
 	settled time.Duration
-	slots   chan struct{} // bounds the hashing that goes on at a time
+	// A job that takes longer hangs: reading a file may never end if its file
+	// system is that of a user (FUSE) or of a server that is gone.
+	hangs time.Duration
 
 	mu      sync.Mutex // guards the fields below
 	known   map[fileKey]*list.Element
 	recent  *list.List // of knownHash, the latest used first
 	pending map[fileKey]*job
-	jobs    map[uint32]int // pending, by the user who caused them
+	jobs    map[uint32]int  // pending, by the user who caused them
+	waiting []*job          // for a slot, the first first
+	slots   int             // of hashesAtATime, taken
+	reading map[uint32]bool // users one of whose jobs has a slot or hangs
+	hanging int             // jobs that have lost their slot
 }
 
 type fileKey struct {
@@ -55,6 +63,12 @@ type knownHash struct {
 
 // job is a hash on its way; sum and err are set when done is closed.
 type job struct {
+	uid   uint32
+	fd    int // O_PATH, its own
+	key   fileKey
+	hangs bool // it has lost its slot
+	ended bool
+
 	done chan struct{}
 	sum  string
 	err  error
@@ -64,11 +78,12 @@ func newHashes(maxSize int64) *hashes {
 	return &hashes{
 		maxSize: cmp.Or(maxSize, 1<<30),
 		settled: 2 * time.Second,
-		slots:   make(chan struct{}, hashesAtATime),
+		hangs:   30 * time.Second,
 		known:   map[fileKey]*list.Element{},
 		recent:  list.New(),
 		pending: map[fileKey]*job{},
 		jobs:    map[uint32]int{},
+		reading: map[uint32]bool{},
 	}
 }
 
@@ -118,31 +133,76 @@ func (h *hashes) start(uid uint32, fd int, key fileKey) (*job, error) {
 	if err != nil {
 		return nil, err
 	}
-	j := &job{done: make(chan struct{})}
+	j := &job{uid: uid, fd: own, key: key, done: make(chan struct{})}
 	h.pending[key] = j
 	h.jobs[uid]++
-	go func() {
-		h.slots <- struct{}{}
-		sum, age, err := hashFile(own, key)
-		<-h.slots
-		h.finish(j, uid, key, sum, err, age > h.settled)
-	}()
+	h.waiting = append(h.waiting, j)
+	h.next()
 	return j, nil
 }
 
-func (h *hashes) finish(j *job, uid uint32, key fileKey, sum string, err error, keep bool) {
+// next gives the free slots to those who wait, and never two to one user, so that
+// whoever has programs that take for ever leaves a slot to others. h.mu is held.
+func (h *hashes) next() {
+	for i := 0; i < len(h.waiting) && h.slots < hashesAtATime; {
+		j := h.waiting[i]
+		if h.reading[j.uid] {
+			i++
+			continue
+		}
+		h.waiting = slices.Delete(h.waiting, i, i+1)
+		h.reading[j.uid] = true
+		h.slots++
+		go h.run(j)
+	}
+}
+
+func (h *hashes) run(j *job) {
+	watch := time.AfterFunc(h.hangs, func() { h.hung(j) })
+	sum, age, err := hashFile(j.fd, j.key)
+	watch.Stop()
+	h.finish(j, sum, err, age > h.settled)
+}
+
+// hung takes the slot of a job that takes too long. Its user gets no other until
+// it has ended. With too many of them, which takes as many users, the rest keep
+// their slots: no hash is worth the agent's last thread.
+func (h *hashes) hung(j *job) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case j.ended:
+	case h.hanging >= maxHanging:
+		time.AfterFunc(h.hangs, func() { h.hung(j) })
+	default:
+		j.hangs = true
+		h.hanging++
+		h.slots--
+		h.next()
+	}
+}
+
+func (h *hashes) finish(j *job, sum string, err error, keep bool) {
 	j.sum, j.err = sum, err
 	defer close(j.done)
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	delete(h.pending, key)
-	if h.jobs[uid]--; h.jobs[uid] == 0 {
-		delete(h.jobs, uid)
+	j.ended = true
+	if j.hangs {
+		h.hanging--
+	} else {
+		h.slots--
 	}
+	delete(h.reading, j.uid)
+	delete(h.pending, j.key)
+	if h.jobs[j.uid]--; h.jobs[j.uid] == 0 {
+		delete(h.jobs, j.uid)
+	}
+	h.next()
 	if err != nil || !keep {
 		return
 	}
-	h.known[key] = h.recent.PushFront(knownHash{key, sum})
+	h.known[j.key] = h.recent.PushFront(knownHash{j.key, sum})
 	if h.recent.Len() > maxHashes {
 		oldest := h.recent.Back()
 		h.recent.Remove(oldest)

@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -612,6 +613,129 @@ func TestHashOfNoFile(t *testing.T) {
 	}
 }
 
+// free gives back the slots that a test has taken.
+func free(h *hashes) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.slots = 0
+	h.next()
+}
+
+// hanging starts a job of a user that hangs until end is called: it reads a FIFO
+// that nobody writes.
+func hanging(t *testing.T, h *hashes, uid uint32) (end func()) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "fifo")
+	if err := sys.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fd, st := open(t, path)
+	h.mu.Lock()
+	j, err := h.start(uid, fd, keyOf(st))
+	h.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	end = sync.OnceFunc(func() {
+		deadline := time.Now().Add(5 * time.Second)
+		for waiting := true; waiting && time.Now().Before(deadline); { // until it reads at all
+			w, err := sys.Open(path, sys.O_WRONLY|sys.O_NONBLOCK, 0)
+			if err == nil {
+				sys.Close(w)
+			}
+			select {
+			case <-j.done:
+				waiting = false
+			case <-time.After(time.Millisecond):
+			}
+		}
+	})
+	t.Cleanup(end)
+	return end
+}
+
+// A user whose files are never read to the end has one slot, and that not for
+// long, and no second until then. Others go on.
+func TestHangingReads(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "f")
+	write(t, path, "content")
+	fd, st := open(t, path)
+	h := newHashes(0)
+	h.hangs = time.Hour
+	var ends []func()
+	for range jobsPerUser {
+		ends = append(ends, hanging(t, h, 1))
+	}
+	if _, err := h.sum(t.Context(), 1, fd, st); !errors.Is(err, errBusy) {
+		t.Errorf("another of the user: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if got, err := h.sum(ctx, 2, fd, st); err != nil || got != hexSum("content") {
+		t.Fatalf("while one user's reads hang, another's hash: %q, %v", got, err)
+	}
+	state := func() (slots, hanging, waiting int) {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		return h.slots, h.hanging, len(h.waiting)
+	}
+	until := func(what string, slots, hanging, waiting int) {
+		t.Helper()
+		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+			s, g, w := state()
+			if s == slots && g == hanging && w == waiting {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: %d slots are taken, %d jobs hang, %d wait", what, s, g, w)
+			}
+		}
+	}
+	until("one reads", 1, 0, jobsPerUser-1)
+	ends[0]()
+	until("the next reads", 1, 0, jobsPerUser-2)
+	for _, end := range ends {
+		end()
+	}
+
+	h = newHashes(0)
+	h.hangs = time.Millisecond
+	ends = nil
+	for uid := range uint32(hashesAtATime + 2) {
+		ends = append(ends, hanging(t, h, uid), hanging(t, h, uid))
+	}
+	until("none has a slot", 0, hashesAtATime+2, hashesAtATime+2)
+	if got, err := h.sum(ctx, 77, fd, st); err != nil || got != hexSum("content") {
+		t.Errorf("while the reads of others hang: %q, %v", got, err)
+	}
+	for _, end := range ends {
+		end()
+	}
+	until("all have ended", 0, 0, 0)
+	if len(h.jobs) != 0 || len(h.pending) != 0 || len(h.reading) != 0 {
+		t.Errorf("left over: %d, %d, %d", len(h.jobs), len(h.pending), len(h.reading))
+	}
+}
+
+// When very many hang, they keep their slots.
+func TestHangingReadsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHashes(0)
+		h.hanging, h.slots = maxHanging, 1
+		j := &job{done: make(chan struct{})}
+		h.hung(j)
+		if h.slots != 1 || j.hangs {
+			t.Error("one too many hangs")
+		}
+		h.hanging-- // one of them has ended
+		time.Sleep(h.hangs)
+		synctest.Wait()
+		if h.slots != 0 || !j.hangs || h.hanging != maxHanging {
+			t.Errorf("%d slots are taken, %d hang", h.slots, h.hanging)
+		}
+	})
+}
+
 // Many first questions about one file cost one hash.
 func TestHashedOnce(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "f")
@@ -619,9 +743,7 @@ func TestHashedOnce(t *testing.T) {
 	fd, st := open(t, path)
 	synctest.Test(t, func(t *testing.T) {
 		h := newHashes(0)
-		for range hashesAtATime { // nothing is hashed for now
-			h.slots <- struct{}{}
-		}
+		h.slots = hashesAtATime // nothing is hashed for now
 		sums := make(chan string, 20)
 		for range cap(sums) {
 			go func() {
@@ -633,9 +755,7 @@ func TestHashedOnce(t *testing.T) {
 		if len(h.pending) != 1 || h.jobs[0] != 1 {
 			t.Errorf("%d files are being hashed, %d jobs", len(h.pending), h.jobs[0])
 		}
-		for range hashesAtATime {
-			<-h.slots
-		}
+		free(h)
 		for range cap(sums) {
 			if got := <-sums; got != hexSum("content") {
 				t.Errorf("got %q", got)
@@ -665,9 +785,7 @@ func TestBusyUser(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHashes(0)
 		h.settled = -1 << 62
-		for range hashesAtATime {
-			h.slots <- struct{}{}
-		}
+		h.slots = hashesAtATime
 		hurry, cancel := context.WithCancel(t.Context())
 		cancel()
 		for _, f := range files[:jobsPerUser] {
@@ -682,9 +800,7 @@ func TestBusyUser(t *testing.T) {
 		if _, err := h.sum(hurry, 2, last.fd, last.st); !errors.Is(err, context.Canceled) {
 			t.Errorf("another user: %v", err)
 		}
-		for range hashesAtATime {
-			<-h.slots
-		}
+		free(h)
 		synctest.Wait()
 		if got, err := h.sum(hurry, 1, files[0].fd, files[0].st); err != nil || got != hexSum("content") {
 			t.Errorf("the next time: %q, %v", got, err)
@@ -700,7 +816,8 @@ func TestHashesAreBounded(t *testing.T) {
 		write(t, path, "x")
 		_, st := open(t, path)
 		h.jobs[0]++
-		h.finish(&job{done: make(chan struct{})}, 0, keyOf(st), "sum", nil, true)
+		h.slots++
+		h.finish(&job{key: keyOf(st), done: make(chan struct{})}, "sum", nil, true)
 	}
 	if len(h.known) != maxHashes || h.recent.Len() != maxHashes {
 		t.Errorf("%d and %d hashes are remembered", len(h.known), h.recent.Len())
