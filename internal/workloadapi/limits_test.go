@@ -231,22 +231,28 @@ func TestManyUsers(t *testing.T) {
 		if got := us.units.Tokens(); got != before {
 			t.Errorf("what was dropped took %.0f of all", before-got)
 		}
-		for uid := range uint32(100) {
-			u := user(100000 + uid)
-			u.charge(rate)
-			u.charge(rate)
-		}
-		if behind := -us.units.Tokens() / float64(us.units.Limit()); behind < 1.5 {
-			t.Fatalf("all are only %.1f s behind", behind)
-		}
 		honest := user(8)
-		for range 10 {
-			if wait, _, ok := honest.charge(10); wait > 0 || !ok {
-				t.Errorf("who sends little waits for %s, %t", wait, ok)
+		for _, many := range []uint32{28, 100} { // who make all wait, or be dropped
+			for uid := range many {
+				u := user(100000*many + uid)
+				u.charge(rate)
+				u.charge(rate)
 			}
-		}
-		if wait, _, ok := honest.charge(rate); wait == 0 && ok {
-			t.Error("who sends much does not wait")
+			for dropped := many < 100; !dropped; { // what is left of two seconds
+				_, ok := reserve(us.units, time.Now(), 1)
+				dropped = !ok
+			}
+			if behind := -us.units.Tokens() / float64(us.units.Limit()); behind < 1.5 {
+				t.Fatalf("all are only %.1f s behind", behind)
+			}
+			for range 10 {
+				if wait, _, ok := honest.charge(5); wait > 0 || !ok {
+					t.Errorf("who sends little waits for %s, %t", wait, ok)
+				}
+			}
+			if wait, _, ok := honest.charge(rate); wait == 0 && ok {
+				t.Error("who sends much does not wait")
+			}
 		}
 
 		// The same for connections.
