@@ -139,7 +139,7 @@ func TestBadMessages(t *testing.T) {
 		{"port, as an agent", known, entryv1.Entry_SyncAuthorizedEntries_FullMethodName, 4 << 20, tooLarge, codes.OK},
 		{"admin socket", same(admin), entryv1.Entry_BatchCreateEntry_FullMethodName, 4 << 20, tooLarge, codes.OK},
 		{"admin socket", same(admin), adminv1.Server_GetStatus_FullMethodName, 4 << 20, tooLarge, codes.OK},
-		{"agent's admin socket", same(agentAdmin), adminv1.Agent_GetStatus_FullMethodName, 64 << 10, tooLarge, codes.OK},
+		{"agent's admin socket", same(agentAdmin), adminv1.Agent_GetStatus_FullMethodName, 512 << 10, tooLarge, codes.OK},
 		{"Workload API", same(workload), "/SpiffeWorkloadAPI/FetchX509SVID", 1 << 20, tooLarge, codes.OK},
 		{"Workload API", same(workload), "/SpiffeWorkloadAPI/ValidateJWTSVID", 1 << 20, tooLarge, codes.InvalidArgument},
 	} {
