@@ -8,9 +8,13 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"maps"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -19,6 +23,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
@@ -57,7 +62,8 @@ Keys are not printed. An agent that restarts is waited for, and so is an identit
 while there is none; what is waited for is said on standard error.
 
 Ends with exit code 0 when it is stopped, when --count lines have been printed,
-or, without --count, when --timeout is over and there has been a line.`,
+or, without --count, when --timeout is over and there has been a line. Ends too
+when nobody reads what it prints any more, as in "spiffed watch | head -1".`,
 		Example: `  spiffed watch
   sudo -u www-data spiffed watch --spiffe-id /web --output json
 
@@ -101,8 +107,12 @@ func (c *cli) watch(ctx context.Context, o watchOptions) error {
 	seen := watched{only: o.id}
 	var lines uint
 	var last error // why there is nothing now
+	left := readerGone(ctx, c.stdout)
 	for {
 		select {
+		case <-left:
+			// As the next line would end it, without waiting for one.
+			return exitError{code: exitSignalled + int(unix.SIGPIPE)}
 		case <-ctx.Done():
 			return nil
 		case <-timeout:
@@ -132,6 +142,35 @@ func (c *cli) watch(ctx context.Context, o watchOptions) error {
 			}
 		}
 	}
+}
+
+// readerGone is closed once nobody reads out any more, if it is a pipe or a socket:
+// "watch | head -1" is to end at the first line, and not at the second, which may
+// be half an hour away. It takes a thread for as long as ctx lives.
+func readerGone(ctx context.Context, out io.Writer) <-chan struct{} {
+	file, ok := out.(*os.File)
+	if !ok {
+		return nil
+	}
+	info, err := file.Stat()
+	if err != nil || info.Mode()&(fs.ModeNamedPipe|fs.ModeSocket) == 0 {
+		return nil
+	}
+	gone := make(chan struct{})
+	go func() {
+		for ctx.Err() == nil {
+			fds := []unix.PollFd{{Fd: int32(file.Fd())}} // errors and the end are always told
+			n, err := unix.Poll(fds, -1)
+			if err != nil && !errors.Is(err, unix.EINTR) {
+				return
+			}
+			if n > 0 && fds[0].Revents&(unix.POLLERR|unix.POLLHUP) != 0 {
+				close(gone)
+				return
+			}
+		}
+	}()
+	return gone
 }
 
 // printEvent writes one line, at once: who reads may be a program.

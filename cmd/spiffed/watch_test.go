@@ -1,14 +1,18 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"net"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -252,6 +256,37 @@ func TestWatchForScripts(t *testing.T) {
 	defer other.Stop()
 	if code, _, stderr := run("watch"); code != exitFailed || !strings.Contains(stderr, "is no agent of spiffed") {
 		t.Errorf("exit %d: %s", code, stderr)
+	}
+}
+
+// TestWatchReaderGone: it does not wait for the next line to see that nobody is there
+// to read it.
+func TestWatchReaderGone(t *testing.T) {
+	t.Parallel()
+	l := newLiveAPI(t)
+	l.set(l.ca.svid(t, "/web", ""))
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "spiffed", "watch", "--socket", l.socket)
+	cmd.Stdout = w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	lines := bufio.NewReader(r)
+	for range 2 { // all that there are for now
+		if _, err := lines.ReadString('\n'); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.Close()
+	if err := cmd.Wait(); cmd.ProcessState.ExitCode() != 128+int(syscall.SIGPIPE) {
+		t.Error(err)
 	}
 }
 
