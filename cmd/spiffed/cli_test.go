@@ -214,7 +214,37 @@ func TestEntryCreate(t *testing.T) {
 	if !proto.Equal(r.ents[0], want) {
 		t.Errorf("got %v\nwant %v", r.ents[0], want)
 	}
-	r.fails(exitUsage, []string{"--order"}, "entry", "create", "--spiffe-id", "/a", "--parent", "/b", "--selector", "unix:uid:1", "--order", "2147483648")
+	for _, order := range []string{"2147483648", "99999999999", "first", ""} {
+		r.fails(exitUsage, []string{`"--order" flag: want a whole number from -2147483648 to 2147483647`}, "entry", "create", "--spiffe-id", "/a", "--parent", "/b", "--selector", "unix:uid:1", "--order", order)
+	}
+
+	// Nothing is said of an entry that is not one.
+	if _, _, stderr := r.run("entry", "create", "--spiffe-id", "/a", "--selector", "unix:usr:a"); strings.Contains(stderr, "warning") || !strings.Contains(stderr, "--parent: needed") {
+		t.Error(stderr)
+	}
+	const alone = "any local user can make a process look like any executable to the kernel"
+	for selectors, warned := range map[string]bool{
+		"unix:path:/bin/x": true,
+		"unix:path:/bin/x unix:sha256:" + strings.Repeat("0a", 32): true,
+		"unix:path:/bin/x unix:uid:0":                              false,
+		"unix:path:/bin/x systemd:id:x.service":                    false,
+		"unix:user:x":                                              false,
+	} {
+		for _, args := range [][]string{{"create", "--spiffe-id", "/a", "--parent", "/b"}, {"update", "0b5d3c1e"}} {
+			args = append([]string{"entry"}, args...)
+			for s := range strings.FieldsSeq(selectors) {
+				args = append(args, "--selector", s)
+			}
+			if _, _, stderr := r.run(args...); strings.Contains(stderr, alone) != warned {
+				t.Errorf("%q: %s", args, stderr)
+			}
+		}
+	}
+	data := `{"entries": [{"spiffe_id": "/d", "parent_id": "/b", "selectors": ["unix:path:/bin/x"]}, {"spiffe_id": "/e", "parent_id": "/b", "selectors": ["unix:uid:1"]}]}`
+	if _, _, stderr := r.runWith(data, "entry", "create", "--data", "-"); strings.Count(stderr, alone) != 1 || !strings.Contains(stderr, "spiffed: warning: entry 1 (/d): ") {
+		t.Error(stderr)
+	}
+	r.ok("entry", "delete", "made-a", "made-d", "made-e")
 
 	again := []string{"entry", "create", "--spiffe-id", "spiffe://example.org/web", "--parent", "/node/web-1", "--selector", "unix:uid:33"}
 	r.fails(exitFailed, []string{
@@ -548,6 +578,13 @@ func TestFetchJWTAndValidate(t *testing.T) {
 	if code != exitFailed || !strings.Contains(stderr, "validating the token: the token is not for this audience") || strings.Contains(stderr, strings.TrimSpace(token)) {
 		t.Errorf("exit %d: %s", code, stderr)
 	}
+	if !strings.Contains(stderr, `hint: a token names those whom it is for, and "other" is not among them`) {
+		t.Error(stderr)
+	}
+	code, _, stderr = r.runWith("garbage", "jwt", "validate", "--audience", "other")
+	if code != exitFailed || !strings.Contains(stderr, "validating the token: malformed token\n") || strings.Contains(stderr, "hint") {
+		t.Errorf("exit %d: %s", code, stderr)
+	}
 	code, _, stderr = r.runWith(strings.Repeat("a", maxToken+1), "jwt", "validate", "--audience", "other")
 	if code != exitFailed || !strings.Contains(stderr, "larger than") {
 		t.Errorf("exit %d: %.200s", code, stderr)
@@ -733,9 +770,20 @@ func TestPermission(t *testing.T) {
 	if got := e.explainDial(err).Error(); got != "connecting to /run/spiffed/admin.sock: no such file or directory" {
 		t.Error(got)
 	}
-	var b strings.Builder
-	report(&b, e.explainDial(&net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", os.ErrPermission)}))
-	if got := b.String(); !strings.Contains(got, "permission") || !strings.Contains(got, "spiffed: hint: run it as root, or as a member of the group spiffed\n") {
+	denied := func(e *endpoint) string {
+		var b strings.Builder
+		report(&b, e.explainDial(&net.OpError{Op: "dial", Net: "unix", Err: os.NewSyscallError("connect", os.ErrPermission)}))
+		return b.String()
+	}
+	if got := denied(e); !strings.Contains(got, "permission") || !strings.Contains(got, "spiffed: hint: run it as root, or as a member of the group spiffed\n") {
+		t.Error(got)
+	}
+	// That group opens the admin sockets, and nothing else.
+	w, err := (&cli{workloadSocket: "unix:///tmp/dev/workload.sock"}).workloadEndpoint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := denied(w); strings.Contains(got, "group spiffed") || !strings.Contains(got, "spiffed: hint: this user may not enter a folder above the socket: namei -l /tmp/dev/workload.sock\n") {
 		t.Error(got)
 	}
 }

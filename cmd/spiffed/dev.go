@@ -47,7 +47,10 @@ func newDevCommand(c *cli) *cobra.Command {
 		Long: `Runs server and agent in one process, as the calling user, with no
 configuration: in a scratch folder, on a free port of 127.0.0.1, in the trust
 domain ` + devTrustDomain + `. The agent enrols itself, and the calling user is
-registered as /dev/USER. Stays until Ctrl-C and leaves nothing behind.
+registered as /dev/USER. Stays until Ctrl-C and leaves nothing behind. Nobody but
+the calling user and root can connect to its sockets, unless --dir is a folder
+that others may enter; the environment that it prints tells other commands where
+they are.
 
 It is not for production: the folder and all keys in it go when it stops.`,
 		Example: `  # Server, agent and an identity, until Ctrl-C
@@ -150,18 +153,25 @@ level = %q
 		err := c.showIdentity(ctx, cfg.Agent.WorkloadSocket, id)
 		return errors.Join(err, stop())
 	}
+	who := ""
+	if info, err := os.Stat(dir); err == nil && info.Mode().Perm()&0o011 == 0 {
+		who = "Nobody but this user and root can connect to these. "
+	}
 	fmt.Fprintf(c.stdout, `%s runs as server and agent of the trust domain %s, and you are
 %s.
 
 SPIFFE_ENDPOINT_SOCKET=unix://%s
+SPIFFED_ADMIN_SOCKET=%[7]s
+SPIFFED_AGENT_ADMIN_SOCKET=%[8]s
 
-Try, in another terminal:
+%[9]sTry, in another terminal:
 
   %[5]s fetch x509 --socket %[4]s
   %[5]s fetch jwt --audience %[6]s --socket %[4]s
+  %[5]s entry list --admin-socket %[7]s
 
 Ctrl-C ends it.
-`, "spiffed", devTrustDomain, id, cfg.Agent.WorkloadSocket, ownCommand(), devAudience)
+`, "spiffed", devTrustDomain, id, cfg.Agent.WorkloadSocket, ownCommand(), devAudience, cfg.Server.AdminSocket, cfg.Agent.AdminSocket, who)
 	return <-ended
 }
 

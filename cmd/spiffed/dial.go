@@ -148,6 +148,8 @@ func (e *endpoint) explainDial(err error) error {
 	}
 	out := dialError{e.address, cause}
 	switch {
+	case errors.Is(err, os.ErrPermission) && e.env == workloadapi.SocketEnv: // which is for every user
+		return withHint(out, "this user may not enter a folder above the socket: namei -l %s\nthe socket of spiffed dev is for the user alone who runs that", e.address)
 	case errors.Is(err, os.ErrPermission):
 		return withHint(out, "run it as root, or as a member of the group spiffed")
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):

@@ -46,7 +46,7 @@ type entryFlags struct {
 	x509TTL, jwtTTL    duration
 	dns, federatesWith []string
 	hint               string
-	order              int32
+	order              number
 	admin, downstream  bool
 	expiresAt, data    string
 }
@@ -60,7 +60,7 @@ func (f *entryFlags) register(cmd *cobra.Command) {
 	flags.Var(&f.jwtTTL, "jwt-svid-ttl", "how long its JWT-SVIDs are good for, as a `DURATION`; 0: the server's default")
 	flags.StringArrayVar(&f.dns, "dns", nil, "DNS `NAME` in its X.509-SVIDs; the first is the common name too")
 	flags.StringVar(&f.hint, "hint", "", "`TEXT` that tells a process with several identities which is which; one without a hint is its default")
-	flags.Int32Var(&f.order, "order", 0, "of several identities without a hint, that of the lowest `NUMBER` is the default, then the oldest; may be negative")
+	flags.Var(&f.order, "order", "of several identities without a hint, that of the lowest `NUMBER` is the default, then the oldest; may be negative")
 	flags.StringArrayVar(&f.federatesWith, "federates-with", nil, "`TRUST-DOMAIN` whose bundle it gets")
 	flags.BoolVar(&f.admin, "admin", false, "it may administer the server over the network")
 	flags.BoolVar(&f.downstream, "downstream", false, "it is a server below this one")
@@ -80,7 +80,7 @@ func (f *entryFlags) entry(cmd *cobra.Command) (*types.Entry, *types.EntryMask, 
 		DnsNames: withoutEmpty(f.dns), Hint: f.hint, Admin: f.admin, Downstream: f.downstream,
 	}
 	if said("order") { // that it is there says that it is meant, not a mask
-		entryext.SetOrder(e, f.order)
+		entryext.SetOrder(e, int32(f.order))
 	}
 	mask := &types.EntryMask{
 		SpiffeId: said("spiffe-id"), ParentId: said("parent"), Selectors: said("selector"),
@@ -99,11 +99,6 @@ func (f *entryFlags) entry(cmd *cobra.Command) (*types.Entry, *types.EntryMask, 
 	if e.Selectors, err = parseSelectors(f.selectors); err != nil {
 		return nil, nil, err
 	}
-	for _, sel := range e.Selectors {
-		if why := doubt(registry.Selector{Type: sel.Type, Value: sel.Value}); why != "" {
-			fmt.Fprintf(cmd.ErrOrStderr(), "spiffed: warning: --selector %s:%s: %s\n", printable(sel.Type), printable(sel.Value), printable(why))
-		}
-	}
 	if e.FederatesWith, err = trustDomains(withoutEmpty(f.federatesWith)); err != nil {
 		return nil, nil, usagef("--federates-with: %w", err)
 	}
@@ -115,6 +110,28 @@ func (f *entryFlags) entry(cmd *cobra.Command) (*types.Entry, *types.EntryMask, 
 		e.ExpiresAt = t.Unix()
 	}
 	return e, mask, nil
+}
+
+// warn says what is doubtful in selectors; no more than that, as the fleet may have
+// agents that see other ones.
+func (f *entryFlags) warn(w io.Writer, parsed []parsedEntry) {
+	for i, p := range parsed {
+		var selectors []registry.Selector
+		for _, sel := range p.entry.Selectors {
+			s := registry.Selector{Type: sel.Type, Value: sel.Value}
+			selectors = append(selectors, s)
+			if why := doubt(s); why != "" && f.data == "" {
+				fmt.Fprintf(w, "spiffed: warning: --selector %s: %s\n", printable(s.String()), printable(why))
+			}
+		}
+		if why := doubtAlone(selectors); why != "" {
+			what := "--selector"
+			if f.data != "" {
+				what = fmt.Sprintf("entry %d (%s)", i+1, printable(p.spiffeID))
+			}
+			fmt.Fprintf(w, "spiffed: warning: %s: %s\n", what, why)
+		}
+	}
 }
 
 // withoutEmpty lets --dns "" empty a list.
@@ -192,7 +209,11 @@ func newEntryCreateCommand(c *cli) *cobra.Command {
 "spiffed entry list --output json" prints it, or as SPIRE's tools have it.
 
 Selectors of the agents of spiffed are unix:uid, unix:user, unix:gid, unix:group,
-unix:supplementary_gid, unix:supplementary_group, unix:path and unix:sha256.`,
+unix:supplementary_gid, unix:supplementary_group, unix:path, unix:sha256,
+systemd:id, systemd:slice, systemd:fragment_path, systemd:user_id and
+systemd:user_slice. A path or a sha256 alone is for every local user, since any of
+them can make a process look like any executable to the kernel: say the user, the
+group or the unit beside it.`,
 		Example: `  spiffed entry create --spiffe-id /web --parent /node/web-1 --selector unix:user:www-data --dns web.example.org
   spiffed entry create --spiffe-id /backup --parent /nodes --selector unix:uid:0 --selector unix:path:/usr/bin/restic --x509-svid-ttl 10m
   spiffed entry create --data entries.json`,
@@ -226,6 +247,7 @@ unix:supplementary_gid, unix:supplementary_group, unix:path and unix:sha256.`,
 					e.Id = id
 				}
 			}
+			f.warn(c.stderr, parsed)
 			return c.withAdmin(cmd.Context(), func(ctx context.Context, a *admin) error {
 				entries, err := a.complete(ctx, parsed)
 				if err != nil {
@@ -283,6 +305,7 @@ its ID as a whole.`,
 				}
 				e.Id = args[0]
 			}
+			f.warn(c.stderr, parsed)
 			return c.withAdmin(cmd.Context(), func(ctx context.Context, a *admin) error {
 				entries, err := a.complete(ctx, parsed)
 				if err != nil {

@@ -163,9 +163,14 @@ func TestExecRotates(t *testing.T) {
 	}
 	t.Cleanup(func() { dev.Process.Signal(syscall.SIGTERM); dev.Wait() })
 	said.has(t, "^SPIFFE_ENDPOINT_SOCKET=")
+	_, admin, _ := strings.Cut(strings.TrimSpace(said.has(t, "^SPIFFED_ADMIN_SOCKET=")), "=")
+	_, agentAdmin, _ := strings.Cut(strings.TrimSpace(said.has(t, "^SPIFFED_AGENT_ADMIN_SOCKET=")), "=")
+	if out, err := exec.Command("spiffed", "status", "--admin-socket", admin, "--agent-admin-socket", agentAdmin).CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
 	entry := func(args ...string) []byte {
 		t.Helper()
-		out, err := exec.Command("spiffed", append([]string{"entry", "--admin-socket", filepath.Join(home, "admin.sock"), "--output", "json"}, args...)...).Output()
+		out, err := exec.Command("spiffed", append([]string{"entry", "--admin-socket", admin, "--output", "json"}, args...)...).Output()
 		if err != nil {
 			t.Fatal(err)
 		}

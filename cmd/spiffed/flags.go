@@ -30,6 +30,22 @@ func (d *duration) Set(s string) error {
 	return err
 }
 
+// number is a flag that holds a whole number of 32 bits.
+type number int32
+
+func (n *number) String() string { return strconv.Itoa(int(*n)) }
+
+func (n *number) Type() string { return "number" }
+
+func (n *number) Set(s string) error {
+	v, err := strconv.ParseInt(s, 10, 32)
+	if err != nil {
+		return fmt.Errorf("want a whole number from %d to %d", math.MinInt32, math.MaxInt32)
+	}
+	*n = number(v)
+	return nil
+}
+
 func (d duration) seconds() int32 { return int32(time.Duration(d) / time.Second) }
 
 func parseDuration(s string) (time.Duration, error) {

@@ -90,8 +90,15 @@ func (c *cli) readToken(args []string, file string) (string, error) {
 func (w *workload) validate(ctx context.Context, token, audience string) error {
 	svid, err := w.client.ValidateJWTSVID(ctx, token, audience)
 	if err != nil {
-		if err = w.explain(err, "validating the token"); codeOf(err) == codes.InvalidArgument {
-			return withHint(err, "the token is not good for %q, for whoever this process is", audience)
+		if err = w.explain(err, "validating the token"); codeOf(err) != codes.InvalidArgument {
+			return err
+		}
+		// By the words of spiffed's agent; of another one the error alone is shown.
+		switch text := err.Error(); {
+		case strings.Contains(text, "audience"):
+			return withHint(err, "a token names those whom it is for, and %q is not among them: --audience is the name of who receives it", audience)
+		case strings.Contains(text, "bundle for the trust domain"):
+			return withHint(err, "this process has the keys of its own trust domain and of those its entries federate with: spiffed fetch bundle")
 		}
 		return err
 	}

@@ -28,6 +28,21 @@ func doubt(s registry.Selector) string {
 	}
 }
 
+// doubtAlone says why the selectors of an entry are too few; empty if there is no
+// reason. What /proc/PID/exe leads to is for the process to say: in a user namespace
+// of its own, prctl(PR_SET_MM_MAP) names any file that it may read.
+func doubtAlone(selectors []registry.Selector) string {
+	for _, s := range selectors {
+		if kind, _, _ := strings.Cut(s.Value, ":"); s.Type != "unix" || kind != "path" && kind != "sha256" {
+			return ""
+		}
+	}
+	if len(selectors) == 0 {
+		return ""
+	}
+	return "any local user can make a process look like any executable to the kernel, so a path or a sha256 alone is for all of them; say unix:user, unix:group or systemd:id beside it"
+}
+
 func doubtUnix(kind, value string) string {
 	switch kind {
 	case "uid", "gid", "supplementary_gid":
