@@ -66,9 +66,10 @@ finds them by its environment:
   SPIFFE_ENDPOINT_SOCKET  the Workload API
 
 The folder is private (mode 0700), on a file system in memory: below
-$RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR or /dev/shm, the first that there is. Where
+$RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR or /dev/shm, the first that there is and in
+which nobody but this user and root could put another folder in its place. Where
 the paths must be known before, as in a configuration file, --dir says the folder
-itself. It is removed when CMD ends.
+itself, of which the same must be true. It is removed when CMD ends.
 
 When the SVID or the bundle changes, all files change in one step, and then CMD
 gets the signal --reload-signal (HUP), if it handles it: a program that would die

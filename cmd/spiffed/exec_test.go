@@ -316,9 +316,10 @@ func TestExecHangUp(t *testing.T) {
 		}
 	}
 	// One that comes later is for something else.
-	time.Sleep(hangUp)
-	syscall.Kill(parent, syscall.SIGHUP)
-	p.stdout.has(t, "^got SIGHUP")
+	eventually(t, func() bool {
+		syscall.Kill(parent, syscall.SIGHUP)
+		return strings.Contains(p.stdout.String(), "got SIGHUP\n")
+	}, func() string { return "no HUP is passed on any more" })
 }
 
 // TestExecNobodyReads: neither the end of who reads standard error nor one who does
