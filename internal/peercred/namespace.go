@@ -73,19 +73,31 @@ func (p *Peer) checkUserNamespace() error {
 	return nil
 }
 
-// ProgramProven returns an error unless the answer that proves the connection
-// (Proven) is sure to have been written by the process. The kernel does not let a
-// writer give another's pid for its own, except one with CAP_SYS_ADMIN in the user
-// namespace that owns its pid namespace. In a namespace that anybody can make, he
-// has that: there an accomplice can write in the name of a process that has become
-// another program. So what the process runs is not to be believed unless its pid
-// namespace is owned by our own user namespace. The namespaces around that one are
-// owned by ours too, or by one above: whoever may give false pids there is master
-// of our namespace as well.
+// ProgramProven returns an error unless what the process seems to run is to be
+// believed. Two things are in the way, both of which any user can do in a user
+// namespace that he makes:
 //
-// A Peer that has nothing to prove is what it was pinned as. The question is about
-// another process if Alive fails afterwards.
+// The kernel lets a process with privileges there name any file as the one that it
+// runs (prctl(2), PR_SET_MM_MAP). So a user namespace has to be ours, or made by
+// root or our own user. (One who shares his memory with such a process is not seen.)
+//
+// The answer that proves the connection (Proven) has to be sure to be the process's.
+// The kernel does not let a writer give another's pid for its own, except one with
+// CAP_SYS_ADMIN in the user namespace that owns its pid namespace: there an
+// accomplice can write in the name of a process that has become another program. So
+// our own user namespace has to own the pid namespace. The namespaces around that
+// one are owned by ours too, or by one above: whoever may give false pids there is
+// master of our namespace as well. A Peer without a connection has nothing to prove.
+//
+// The question is about another process if Alive fails afterwards.
 func (p *Peer) ProgramProven() error {
+	trusted, err := p.trustedUserNamespace()
+	if err != nil {
+		return fmt.Errorf("finding out who made the user namespace of process %d: %w", p.PID, err)
+	}
+	if !trusted {
+		return fmt.Errorf("process %d is in a user namespace that a user has made, where it may name any program as its own", p.PID)
+	}
 	if p.proven == nil {
 		return nil
 	}
@@ -97,6 +109,25 @@ func (p *Peer) ProgramProven() error {
 		return fmt.Errorf("process %d is in a pid namespace of a user namespace that is not the agent's, where another process may have answered in its name", p.PID)
 	}
 	return nil
+}
+
+// trustedUserNamespace says whether the user namespace of the process is ours, or
+// was made by root or by the user that we are.
+func (p *Peer) trustedUserNamespace() (bool, error) {
+	path := fmt.Sprintf("/proc/%d/ns/user", p.PID)
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	if same, err := sameFile(fd, "/proc/self/ns/user"); same || err != nil {
+		return same, err
+	}
+	maker, err := unix.IoctlGetUint32(fd, unix.NS_GET_OWNER_UID)
+	if err != nil {
+		return false, os.NewSyscallError("NS_GET_OWNER_UID", err)
+	}
+	return maker == 0 || int64(maker) == int64(os.Geteuid()), nil
 }
 
 // ownsPIDs says whether our user namespace owns the pid namespace of the process.

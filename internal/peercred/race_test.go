@@ -541,6 +541,37 @@ func TestProgramProven(t *testing.T) {
 	}
 }
 
+// Nor in a user namespace that a user has made: there he may name any file as the
+// one that his process runs.
+func TestProgramOfUserNamespace(t *testing.T) {
+	for uid, want := range map[uint32]bool{0: true, 12345: false} {
+		cmd := exec.Command("unshare", "--user", "--map-root-user", "sleep", "60")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer cmd.Wait()
+		defer cmd.Process.Kill()
+		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+			comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", cmd.Process.Pid))
+			if err != nil || time.Now().After(deadline) {
+				t.Fatalf("uid %d cannot make a user namespace here: %v", uid, err)
+			}
+			if string(comm) == "sleep\n" {
+				break
+			}
+		}
+		peer, err := FromPID(int32(cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer peer.Close()
+		if err := peer.ProgramProven(); (err == nil) != want || err != nil && !strings.Contains(err.Error(), "a user namespace that a user has made") {
+			t.Errorf("uid %d: %v", uid, err)
+		}
+	}
+}
+
 func TestFromPID(t *testing.T) {
 	p := newPlayer(t, self, nil, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 12345, Gid: 23456}})
 	peer, err := FromPID(int32(p.pid()))
