@@ -19,6 +19,11 @@ const proofTime = 5 * time.Second
 
 // attest finds out who calls. An error is fit to be the answer.
 func (s *Server) attest(ctx context.Context) (*attest.Process, error) {
+	return s.attestWithin(ctx, attestQueueTime)
+}
+
+// attestWithin is attest with a time in which the caller's turn has to come.
+func (s *Server) attestWithin(ctx context.Context, patience time.Duration) (*attest.Process, error) {
 	p, ok := peercred.FromContext(ctx)
 	if !ok {
 		return nil, status.Error(codes.Internal, "the caller is not known")
@@ -29,7 +34,7 @@ func (s *Server) attest(ctx context.Context) (*attest.Process, error) {
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
 	a := connOf(ctx).user.account
-	if err := s.waitTurn(ctx, a); err != nil {
+	if err := s.waitTurn(ctx, a, patience); err != nil {
 		err := status.Error(codes.Unavailable, "too many processes of this user are being attested")
 		s.refused("refused a call", p, err)
 		return nil, err
@@ -80,8 +85,8 @@ func (s *Server) waitProof(call context.Context, p *peercred.Peer) error {
 	return err
 }
 
-func (s *Server) waitTurn(ctx context.Context, a account) error {
-	ctx, cancel := context.WithTimeout(ctx, attestQueueTime)
+func (s *Server) waitTurn(ctx context.Context, a account, patience time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	return s.attestations.acquire(ctx, a)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
-	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -13,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/spiffed/spiffed/internal/attest"
+	"github.com/spiffed/spiffed/internal/outlet"
 	"github.com/spiffed/spiffed/internal/peercred"
 	"github.com/spiffed/spiffed/internal/registry"
 )
@@ -40,7 +40,7 @@ func (e *endpoint) follow(stream grpc.ServerStream, messages *messages) error {
 		last *registry.Update
 		sent proto.Message
 
-		waited = false // since the caller was attested
+		waited = false // since the caller was looked at
 		retry  reattestation
 	)
 	for {
@@ -63,20 +63,18 @@ func (e *endpoint) follow(stream grpc.ServerStream, messages *messages) error {
 			return e.sourceError(ctx, err)
 		case len(update.Identities) == 0:
 			return errNoIdentity
-		case last == nil || !same(last, update):
+		case last == nil || !outlet.Same(last, update):
 			msg, err := messages.of(update)
 			if err != nil {
 				return err
 			}
 			if sent == nil || !proto.Equal(sent, msg) {
 				if waited {
-					was := c.Selectors
 					if c, err = e.stillEntitled(ctx, c, sent != nil); err != nil {
 						return err
 					}
-					if !slices.Equal(c.Selectors, was) {
-						continue // what it may have now is another question
-					}
+					waited = false
+					continue // by now it may be entitled to something else
 				}
 				if err := stream.SendMsg(msg); err != nil {
 					return err
@@ -117,7 +115,7 @@ func (r *reattestation) after() <-chan time.Time {
 // other groups, or another unit, so it is attested again.
 func (e *endpoint) stillEntitled(ctx context.Context, c *attest.Process, later bool) (*attest.Process, error) {
 	if later {
-		return e.attest(ctx)
+		return e.attestWithin(ctx, reattestPatience)
 	}
 	if err := c.Confirm(); err != nil {
 		return nil, status.Error(codes.Unavailable, err.Error())
@@ -158,10 +156,4 @@ func (e *endpoint) sourceError(ctx context.Context, err error) error {
 	}
 	e.log.Error("the agent could not answer a caller", "err", err)
 	return status.Error(codes.Unavailable, "the agent cannot answer at the moment")
-}
-
-// same says cheaply whether two updates are alike: what they point to is never
-// changed.
-func same(a, b *registry.Update) bool {
-	return a.Bundle == b.Bundle && slices.Equal(a.Federated, b.Federated) && slices.Equal(a.Identities, b.Identities)
 }

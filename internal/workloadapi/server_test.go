@@ -619,3 +619,32 @@ func TestReattestation(t *testing.T) {
 		}
 	})
 }
+
+// What is taken away while an open stream's caller is looked at again is not sent.
+func TestTakenAwayWhileLookedAt(t *testing.T) {
+	src := source(t, entry(t, "web", "unix:uid:0"))
+	first, begun, goOn := true, make(chan bool), make(chan bool)
+	a := attestorFunc(func(context.Context, *peercred.Peer, func(string) bool) ([]registry.Selector, error) {
+		if !first {
+			begun <- true
+			<-goOn
+		}
+		first = false
+		return []registry.Selector{{Type: "unix", Value: "uid:0"}}, nil
+	})
+	socket, _ := serve(t, Config{Source: src, Attestors: []attest.Workload{a}})
+	stream, err := client(t, socket).FetchX509SVID(header(t.Context()), &workloadpb.X509SVIDRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	src.Rotate("web")
+	<-begun
+	src.Delete("web")
+	goOn <- true
+	if m, err := stream.Recv(); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("got %v, %v", m, err)
+	}
+}

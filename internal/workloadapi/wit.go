@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -78,8 +77,10 @@ func (e *endpoint) followWIT(stream grpc.ServerStream, id spiffeid.ID) error {
 	patience := time.NewTimer(signingTimeout)
 	defer patience.Stop()
 	var (
-		sent  proto.Message
-		retry reattestation
+		sent proto.Message
+
+		waited = false // since the caller was looked at
+		retry  reattestation
 	)
 	for {
 		var later <-chan time.Time
@@ -90,6 +91,7 @@ func (e *endpoint) followWIT(stream grpc.ServerStream, id spiffeid.ID) error {
 				c, retry = again, reattestation{}
 				continue
 			}
+			waited = true // for that
 			later = retry.after()
 		}
 		switch {
@@ -110,14 +112,12 @@ func (e *endpoint) followWIT(stream grpc.ServerStream, id spiffeid.ID) error {
 				return err
 			}
 			if sent == nil || !proto.Equal(sent, msg) {
-				entitled, err := e.stillEntitled(ctx, c, sent != nil)
-				if err != nil {
-					return err
-				}
-				moved := !slices.Equal(entitled.Selectors, c.Selectors)
-				c = entitled
-				if moved {
-					continue // what it may have now is another question
+				if waited {
+					if c, err = e.stillEntitled(ctx, c, sent != nil); err != nil {
+						return err
+					}
+					waited = false
+					continue // by now it may be entitled to something else
 				}
 				if err := stream.SendMsg(msg); err != nil {
 					return err
@@ -126,6 +126,7 @@ func (e *endpoint) followWIT(stream grpc.ServerStream, id spiffeid.ID) error {
 				patience.Stop()
 			}
 		}
+		waited = true
 		select {
 		case <-changed:
 		case <-later:

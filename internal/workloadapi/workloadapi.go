@@ -31,6 +31,7 @@ import (
 // Limits of the endpoint that are not worth a setting.
 const (
 	attestQueueTime    = 2 * time.Second  // for the user's share of attestations
+	reattestPatience   = 30 * time.Second // the same for an open stream: a rotation is for all of a user's at once
 	signingTimeout     = 5 * time.Second  // how long a caller waits for an SVID on its way
 	jwtTimeout         = 10 * time.Second // for the server to sign JWT-SVIDs
 	drainTimeout       = time.Second      // for RPCs to end when the endpoint does
