@@ -21,25 +21,21 @@ import (
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
-// gate is an attestor that waits as long as it is shut.
-type gate struct {
+// counted is an attestor that counts how often it is asked.
+type counted struct {
 	attest.Workload
-	shut  atomic.Pointer[chan struct{}] // nil: open
 	asked atomic.Int32
 }
 
-func (g *gate) Attest(ctx context.Context, p *peercred.Peer, wants func(string) bool) ([]registry.Selector, error) {
+func (g *counted) Attest(ctx context.Context, p *peercred.Peer, wants func(string) bool) ([]registry.Selector, error) {
 	g.asked.Add(1)
-	if shut := g.shut.Load(); shut != nil {
-		<-*shut
-	}
 	return g.Workload.Attest(ctx, p, wants)
 }
 
 // All open streams of a delegate are told of a change, however long they wait for
 // a turn to be looked at; and it is not looked at for each of them.
 func TestTurnsOfOpenStreams(t *testing.T) {
-	g := &gate{}
+	g := &counted{}
 	r := newRigWith(t, func(c *Config) {
 		g.Workload = c.Attestors[0]
 		c.Attestors = []attest.Workload{g}
@@ -76,19 +72,20 @@ func TestTurnsOfOpenStreams(t *testing.T) {
 			}
 		}
 	}
-	shut := make(chan struct{})
-	g.shut.Store(&shut)
+	u := r.server.hold(uint32(os.Geteuid()))
+	if err := u.attestations.Acquire(ctx, maxAttestations); err != nil { // all turns are taken
+		t.Fatal(err)
+	}
 	before, looked := g.asked.Load(), r.Asked()
 	r.Rotate("target")
-	until("all turns are taken", func() bool { return g.asked.Load() == before+maxAttestations })
 	until("all streams have looked", func() bool { return r.Asked() >= looked+2*n }) // for the caller, and for the target
 	if _, _, err := subscribe(); status.Code(err) != codes.Unavailable {
 		t.Errorf("a new call: %v", err)
 	}
 	r.Rotate("target") // what comes after the wait is the newest
 	var last *x509SVIDs
-	g.shut.Store(nil)
-	close(shut)
+	u.attestations.Release(maxAttestations)
+	r.server.letGo(uint32(os.Geteuid()))
 	for i, s := range streams {
 		m, err := s.Recv()
 		if err != nil {

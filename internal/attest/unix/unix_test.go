@@ -724,12 +724,16 @@ func TestHangingReadsAreBounded(t *testing.T) {
 		h.hanging, h.slots = maxHanging, 1
 		j := &job{done: make(chan struct{})}
 		h.hung(j)
+		h.mu.Lock()
 		if h.slots != 1 || j.hangs {
 			t.Error("one too many hangs")
 		}
 		h.hanging-- // one of them has ended
+		h.mu.Unlock()
 		time.Sleep(h.hangs)
 		synctest.Wait()
+		h.mu.Lock()
+		defer h.mu.Unlock()
 		if h.slots != 0 || !j.hangs || h.hanging != maxHanging {
 			t.Errorf("%d slots are taken, %d hang", h.slots, h.hanging)
 		}
