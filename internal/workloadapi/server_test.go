@@ -493,13 +493,14 @@ func TestBrokenIdentities(t *testing.T) {
 			t.Errorf("%s: %v, %v", name, r, err)
 		}
 	}
-	sameHint := func(u *registry.Update) {
+	hugeBundle := func(u *registry.Update) {
 		b := *u.Bundle
 		for len(b.X509Authorities) < 20000 {
 			b.X509Authorities = append(b.X509Authorities, b.X509Authorities[0])
 		}
 		u.Bundle = &b
 	}
+	change.Store(&hugeBundle)
 	_, _, err := fetch(t, c)
 	wantCode(t, err, codes.ResourceExhausted, "larger than")
 }
