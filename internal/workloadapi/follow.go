@@ -12,7 +12,6 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/spiffed/spiffed/internal/attest"
-	"github.com/spiffed/spiffed/internal/outlet"
 	"github.com/spiffed/spiffed/internal/peercred"
 	"github.com/spiffed/spiffed/internal/registry"
 )
@@ -22,12 +21,35 @@ var (
 	errNotReady   = status.Error(codes.Unavailable, "the agent is not ready yet")
 )
 
-// follow sends the caller what messages make of his identities: at once, and
-// again in full whenever that has changed (Workload API §4.3). It ends the
-// stream with PermissionDenied when there are no identities (any more), which is
-// the only way to take them back (§5.2.1). Who the caller is, is looked at again
-// before each message.
-func (e *endpoint) follow(stream grpc.ServerStream, messages *messages) error {
+// look returns what a process with these selectors is to be told now, nil if that is
+// nothing, and a channel that is closed when it may be something else. An error is
+// fit to be the answer.
+type look func(ctx context.Context, selectors []registry.Selector) (proto.Message, <-chan struct{}, error)
+
+// updates is what messages make of what the source has.
+func (e *endpoint) updates(messages *messages) look {
+	return func(ctx context.Context, selectors []registry.Selector) (proto.Message, <-chan struct{}, error) {
+		update, changed, err := e.source.Current(selectors)
+		switch {
+		case errors.Is(err, registry.ErrNotReady) && changed != nil:
+			// The caller's SVID is on its way, or the one he has is the
+			// last for now.
+			return nil, changed, nil
+		case err != nil:
+			return nil, nil, e.sourceError(ctx, err)
+		case len(update.Identities) == 0:
+			return nil, nil, errNoIdentity
+		}
+		msg, err := messages.of(update)
+		return msg, changed, err
+	}
+}
+
+// follow sends the caller what there is for him: at once, and again in full whenever
+// that has changed (Workload API §4.3). It ends the stream with PermissionDenied when
+// there are no identities (any more), which is the only way to take them back
+// (§5.2.1). Who the caller is, is looked at again before each message.
+func (e *endpoint) follow(stream grpc.ServerStream, look look) error {
 	ctx := stream.Context()
 	c, err := e.attest(ctx)
 	if err != nil {
@@ -37,7 +59,6 @@ func (e *endpoint) follow(stream grpc.ServerStream, messages *messages) error {
 	patience := time.NewTimer(signingTimeout)
 	defer patience.Stop()
 	var (
-		last *registry.Update
 		sent proto.Message
 
 		waited = false // since the caller was looked at
@@ -45,9 +66,9 @@ func (e *endpoint) follow(stream grpc.ServerStream, messages *messages) error {
 	)
 	for {
 		var later <-chan time.Time
-		update, changed, err := e.source.Current(c.Selectors)
+		msg, changed, err := look(ctx, c.Selectors)
 		if c.Outdated(e.source.Wants) {
-			// After Current, so that an entry seen there was seen here.
+			// After look, so that an entry seen there was seen here.
 			if again, err := e.attest(ctx); err == nil {
 				c, retry = again, reattestation{}
 				continue
@@ -56,33 +77,22 @@ func (e *endpoint) follow(stream grpc.ServerStream, messages *messages) error {
 			later = retry.after()
 		}
 		switch {
-		case errors.Is(err, registry.ErrNotReady) && changed != nil:
-			// The caller's SVID is on its way, or the one he has is the
-			// last for now: there is nothing to tell.
 		case err != nil:
-			return e.sourceError(ctx, err)
-		case len(update.Identities) == 0:
-			return errNoIdentity
-		case last == nil || !outlet.Same(last, update):
-			msg, err := messages.of(update)
-			if err != nil {
+			return err
+		case msg == nil || sent != nil && proto.Equal(sent, msg):
+			// Nothing new.
+		case waited:
+			if c, err = e.stillEntitled(ctx, c, sent != nil); err != nil {
 				return err
 			}
-			if sent == nil || !proto.Equal(sent, msg) {
-				if waited {
-					if c, err = e.stillEntitled(ctx, c, sent != nil); err != nil {
-						return err
-					}
-					waited = false
-					continue // by now it may be entitled to something else
-				}
-				if err := stream.SendMsg(msg); err != nil {
-					return err
-				}
-				sent = msg
-				patience.Stop()
+			waited = false
+			continue // by now it may be entitled to something else
+		default:
+			if err := stream.SendMsg(msg); err != nil {
+				return err
 			}
-			last = update
+			sent = msg
+			patience.Stop()
 		}
 		waited = true
 		select {

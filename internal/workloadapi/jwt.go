@@ -56,7 +56,7 @@ func (e *endpoint) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDRequ
 
 // FetchJWTBundles implements Workload API §6.2.2.
 func (e *endpoint) FetchJWTBundles(_ *workloadpb.JWTBundlesRequest, stream grpc.ServerStreamingServer[workloadpb.JWTBundlesResponse]) error {
-	return e.follow(stream, &e.jwtBundles)
+	return e.follow(stream, e.updates(&e.jwtBundles))
 }
 
 func (e *endpoint) jwtBundlesResponse(u *registry.Update) (proto.Message, error) {

@@ -1,10 +1,10 @@
 package workloadapi
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/go-jose/go-jose/v4"
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -15,7 +15,6 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/spiffed/spiffed/internal/outlet"
-	"github.com/spiffed/spiffed/internal/peercred"
 	"github.com/spiffed/spiffed/internal/registry"
 )
 
@@ -39,7 +38,7 @@ func (e *endpoint) FetchWITSVID(req *workloadpb.WITSVIDRequest, stream grpc.Serv
 			return status.Error(codes.InvalidArgument, err.Error())
 		}
 	}
-	return e.followWIT(stream, id)
+	return e.follow(stream, e.witSVIDs(id))
 }
 
 // FetchWITBundles implements Workload API §7.2.2.
@@ -50,7 +49,7 @@ func (e *endpoint) FetchWITBundles(_ *workloadpb.WITBundlesRequest, stream grpc.
 	if err := e.wit.WITRefused(); err != nil {
 		return refusedWIT(err)
 	}
-	return e.follow(stream, &e.witBundles)
+	return e.follow(stream, e.updates(&e.witBundles))
 }
 
 func (e *endpoint) witBundlesResponse(u *registry.Update) (proto.Message, error) {
@@ -65,79 +64,27 @@ func (e *endpoint) witBundlesResponse(u *registry.Update) (proto.Message, error)
 	return m, fit(e, m, m.Bundles, own)
 }
 
-// followWIT is follow for the WIT-SVIDs of the caller, or the one with that ID,
-// which have a source of their own: there is none until somebody asks.
-func (e *endpoint) followWIT(stream grpc.ServerStream, id spiffeid.ID) error {
-	ctx := stream.Context()
-	c, err := e.attest(ctx)
-	if err != nil {
-		return err
-	}
-	ended := c.Done()
-	patience := time.NewTimer(signingTimeout)
-	defer patience.Stop()
-	var (
-		sent proto.Message
-
-		waited = false // since the caller was looked at
-		retry  reattestation
-	)
-	for {
-		var later <-chan time.Time
-		svids, changed, err := e.wit.WITSVIDs(c.Selectors, id)
-		if c.Outdated(e.source.Wants) {
-			// After WITSVIDs, so that an entry seen there was seen here.
-			if again, err := e.attest(ctx); err == nil {
-				c, retry = again, reattestation{}
-				continue
-			}
-			waited = true // for that
-			later = retry.after()
-		}
+// witSVIDs are the WIT-SVIDs of a process, or the one with that ID. They have a
+// source of their own: there is none until somebody asks.
+func (e *endpoint) witSVIDs(id spiffeid.ID) look {
+	return func(ctx context.Context, selectors []registry.Selector) (proto.Message, <-chan struct{}, error) {
+		svids, changed, err := e.wit.WITSVIDs(selectors, id)
 		switch {
 		case errors.Is(err, registry.ErrNotReady) && changed != nil:
 			// It is on its way, or the one he has is the last for now.
+			return nil, changed, nil
 		case errors.Is(err, errors.ErrUnsupported):
-			return refusedWIT(err)
+			return nil, nil, refusedWIT(err)
 		case err != nil:
-			return e.sourceError(ctx, err)
+			return nil, nil, e.sourceError(ctx, err)
 		case len(svids) == 0:
-			return errNoIdentity
-		default:
-			msg := e.witResponse(svids)
-			if len(msg.Svids) == 0 {
-				return errNotReady // an incomplete response is not allowed
-			}
-			if err := fit[[]byte](e, msg, nil, ""); err != nil {
-				return err
-			}
-			if sent == nil || !proto.Equal(sent, msg) {
-				if waited {
-					if c, err = e.stillEntitled(ctx, c, sent != nil); err != nil {
-						return err
-					}
-					waited = false
-					continue // by now it may be entitled to something else
-				}
-				if err := stream.SendMsg(msg); err != nil {
-					return err
-				}
-				sent = msg
-				patience.Stop()
-			}
+			return nil, nil, errNoIdentity
 		}
-		waited = true
-		select {
-		case <-changed:
-		case <-later:
-		case <-patience.C:
-			return errNotReady
-		case <-ended:
-			c.Confirm() // closes the connection, whoever has it by now
-			return status.Error(codes.Unavailable, peercred.ErrEnded.Error())
-		case <-ctx.Done():
-			return status.FromContextError(ctx.Err()).Err()
+		m := e.witResponse(svids)
+		if len(m.Svids) == 0 {
+			return nil, nil, errNotReady // an incomplete response is not allowed
 		}
+		return m, changed, fit[[]byte](e, m, nil, "")
 	}
 }
 

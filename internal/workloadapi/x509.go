@@ -13,7 +13,7 @@ import (
 
 // FetchX509SVID implements Workload API §5.2.1.
 func (e *endpoint) FetchX509SVID(_ *workloadpb.X509SVIDRequest, stream grpc.ServerStreamingServer[workloadpb.X509SVIDResponse]) error {
-	return e.follow(stream, &e.x509SVIDs)
+	return e.follow(stream, e.updates(&e.x509SVIDs))
 }
 
 func (e *endpoint) x509SVIDResponse(u *registry.Update) (proto.Message, error) {
@@ -30,7 +30,7 @@ func (e *endpoint) x509SVIDResponse(u *registry.Update) (proto.Message, error) {
 
 // FetchX509Bundles implements Workload API §5.2.2.
 func (e *endpoint) FetchX509Bundles(_ *workloadpb.X509BundlesRequest, stream grpc.ServerStreamingServer[workloadpb.X509BundlesResponse]) error {
-	return e.follow(stream, &e.x509Bundles)
+	return e.follow(stream, e.updates(&e.x509Bundles))
 }
 
 func (e *endpoint) x509BundlesResponse(u *registry.Update) (proto.Message, error) {
