@@ -570,6 +570,7 @@ func TestExecKilled(t *testing.T) {
 		_, err := os.Stat("/proc/" + pid)
 		return errors.Is(err, fs.ErrNotExist)
 	}, func() string { return "the program lives on" })
+	<-p.ended // until all of its threads are gone its folder is locked
 	folders := func() int {
 		found, err := filepath.Glob(filepath.Join(base, freshPrefix+"*"))
 		if err != nil {
