@@ -1,9 +1,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -66,6 +68,10 @@ command line that operates them.`,
 		// A flag of a command that does not exist is not what is wrong.
 		if rest := cmd.Flags().Args(); cmd.HasSubCommands() && len(rest) > 0 {
 			return unknownCommand(cmd, rest[0])
+		}
+		// Nor is what Go calls it.
+		if num := new(strconv.NumError); errors.As(err, &num) {
+			return fmt.Errorf("%swant a whole number", strings.TrimSuffix(err.Error(), num.Error()))
 		}
 		return err
 	})
